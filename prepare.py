@@ -1,0 +1,1168 @@
+"""
+What is fixed: the contract, the data, the tokenizer, the loader, the metric and the evidence.
+
+    uv run prepare.py [--contract NAME] [--num-shards N] [--download-workers W]
+
+Makes everything that `train.py` needs in the cache (~/.cache/autoresearch, moved by AUTORESEARCH_CACHE) and nothing
+else; running it again repairs what is broken and repeats nothing. `evaluate_bpb` appends one line per finished run to
+runs.jsonl in the working directory. Nobody edits this file during research: whatever is changed here makes runs
+incomparable, and the contract's fingerprint or the file's hash in runs.jsonl shows it.
+"""
+
+import argparse
+import ast
+import base64
+import bisect
+import collections
+import contextlib
+import dataclasses
+import datetime
+import errno
+import faulthandler
+import functools
+import gc
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import queue
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import filelock  # torch brings it
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import requests
+import rustbpe
+import tiktoken
+import torch
+import torch.nn.functional as F
+from urllib3.util import Retry
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Contract: what makes two runs comparable
+
+
+@dataclasses.dataclass(frozen=True)
+class Contract:
+    """Everything that would make two val_bpb incomparable. A part of a file is (name, first row, past the last row)."""
+
+    name: str
+    dataset: str  # Hugging Face dataset, or DOCSTRINGS
+    train_file: str  # parquet with a string column `text`; the shard number goes into the braces
+    train_files: int  # how many of them exist
+    train_rows: tuple[int, int | None]  # of each train file
+    val: tuple[str, int, int | None]
+    test: tuple[str, int, int | None]
+    vocab_size: int  # tokens, the reserved ones included
+    max_seq_len: int  # tokens of context
+    time_budget: float  # seconds of training
+    eval_tokens: int  # targets scored
+    tokenizer_chars: int = 10**9  # characters the tokenizer is trained on, in shard order...
+    tokenizer_doc_chars: int = 10_000  # ...of which at most so many of each document
+
+    def train(self, shards: int) -> list[tuple[str, int, int | None]]:
+        return [(self.train_file.format(i), *self.train_rows) for i in range(min(shards, self.train_files))]
+
+
+DOCSTRINGS = "docstrings of the installed packages"
+CONTRACTS = {
+    "climbmix": Contract(
+        name="climbmix",
+        dataset="karpathy/climbmix-400b-shuffle",
+        train_file="shard_{:05d}.parquet",
+        train_files=6541,
+        train_rows=(0, None),
+        val=("shard_06542.parquet", 0, None),
+        test=("shard_06541.parquet", 0, None),
+        vocab_size=8192,
+        max_seq_len=2048,
+        time_budget=300,
+        eval_tokens=40 * 2**19,
+    ),
+    "tinystories": Contract(
+        name="tinystories",
+        dataset="karpathy/tinystories-gpt4-clean",
+        train_file="tinystories_gpt4_clean.parquet",
+        train_files=1,
+        train_rows=(20_000, None),
+        val=("tinystories_gpt4_clean.parquet", 10_000, 20_000),
+        test=("tinystories_gpt4_clean.parquet", 0, 10_000),
+        vocab_size=4096,
+        max_seq_len=512,
+        time_budget=300,
+        eval_tokens=4 * 2**19,
+    ),
+    "demo": Contract(
+        name="demo",
+        dataset=DOCSTRINGS,
+        train_file="train.parquet",
+        train_files=1,
+        train_rows=(0, None),
+        val=("val.parquet", 0, None),
+        test=("test.parquet", 0, None),
+        vocab_size=1024,
+        max_seq_len=256,
+        time_budget=60,
+        eval_tokens=2**17,
+    ),
+}
+DEFAULT_SHARDS = 10  # training shards; five minutes on one H100 read about half of them
+
+
+Result = TypeVar("Result")
+
+
+class Failure(Exception):
+    """An expected failure: its message is the whole story, one that a person can act on."""
+
+
+class ExamError(Failure):
+    """The metric refuses to score: the message names what was seen."""
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").expanduser()
+
+
+def _contract_named(name: str, source: str) -> Contract:
+    if name not in CONTRACTS:
+        raise Failure(f"{source} names no contract: {name!r}. Use one of: {', '.join(CONTRACTS)}.")
+    contract = CONTRACTS[name]
+    seconds = os.environ.get("AUTORESEARCH_TIME_BUDGET")
+    if seconds:
+        try:
+            budget = float(seconds)
+        except ValueError:
+            budget = 0.0
+        if not 0 < budget < math.inf:
+            raise Failure(f"AUTORESEARCH_TIME_BUDGET is {seconds!r}; give seconds, a number above 0, or unset it.")
+        contract = dataclasses.replace(contract, time_budget=budget)
+    return contract
+
+
+@functools.cache
+def active_contract() -> tuple[Contract, str]:
+    """The contract in force and why: AUTORESEARCH_CONTRACT, else the one last prepared by name, else by the device."""
+    remembered = cache_dir() / "active"
+    if name := os.environ.get("AUTORESEARCH_CONTRACT"):
+        return _contract_named(name, "AUTORESEARCH_CONTRACT"), "AUTORESEARCH_CONTRACT is set"
+    if remembered.is_file():
+        return _contract_named(remembered.read_text().strip(), str(remembered)), "last prepared by name"
+    if torch.cuda.is_available():
+        return _contract_named("climbmix", "default"), "torch sees a CUDA/ROCm device"
+    return _contract_named("demo", "default"), "no CUDA/ROCm device, and nothing else prepared by name"
+
+
+def active_split() -> str:
+    """The exam's split: "val", or "test" for the human's final check (AUTORESEARCH_SPLIT=test)."""
+    split = os.environ.get("AUTORESEARCH_SPLIT") or "val"
+    if split not in ("val", "test"):
+        raise Failure(f"AUTORESEARCH_SPLIT is {split!r}; use val or test, or unset it.")
+    return split
+
+
+def __getattr__(name: str):
+    """Bind MAX_SEQ_LEN, TIME_BUDGET, EVAL_TOKENS and VOCAB_SIZE to the active contract, when first asked for."""
+    if name in ("MAX_SEQ_LEN", "TIME_BUDGET", "EVAL_TOKENS", "VOCAB_SIZE"):
+        return getattr(active_contract()[0], name.lower())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class Manifest:
+    """What the cache folder of a contract holds: manifest.json, replaced as a whole on every change.
+
+    files: {name: {size, sha256}} as first seen; tokenizer: digest; tokenizer_chars: how many it was trained on;
+    val, test: SHA-256 of the packed rows; shards: training shards in use.
+    """
+
+    def __init__(self, contract: Contract):
+        self.folder = cache_dir() / contract.name
+        try:
+            self.data = json.loads((self.folder / "manifest.json").read_text())
+        except (FileNotFoundError, ValueError):
+            self.data = {"files": {}}
+
+    def update(self, **fields) -> None:
+        self.data.update(fields)
+        _write(self.folder / "manifest.json", json.dumps(self.data, indent=1).encode())
+
+    def parquet(self, name: str) -> Path:
+        return self.folder / "parquet" / name
+
+    def derived(self, name: str) -> Path:
+        """What the current tokenizer made: FILE.tokens, FILE.offsets, and the exam rows val.npy and test.npy."""
+        return self.folder / f"tokens-{self.data['tokenizer'][:8]}" / name
+
+
+def fingerprint(contract: Contract | None = None) -> str:
+    """Name and 8 hex digits of SHA-256 over the contract's fields, the tokenizer and the packed validation rows.
+
+    Two runs compare only if it is equal.
+    """
+    contract = contract or active_contract()[0]
+    data = Manifest(contract).data
+    if "val" not in data:
+        raise Failure(f"contract {contract.name} is not prepared; run: uv run prepare.py --contract {contract.name}")
+    terms = [dataclasses.asdict(contract), data["tokenizer"], data["val"]]
+    return f"{contract.name}-{hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files and progress
+
+
+def _temporary(path: Path, suffix: str = ".tmp") -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a whole file or none of it."""
+    temporary = _temporary(path)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _parquet_problem(path: Path, record: dict | None) -> str | None:
+    """Why a cached parquet file cannot be used, or None. Reads the footer only."""
+    try:
+        if not path.is_file():
+            return "missing"
+        if record and path.stat().st_size != record["size"]:
+            return f"{path.stat().st_size:,} bytes on disk, {record['size']:,} when it was first seen"
+        schema = pq.read_schema(path)
+        if "text" not in schema.names:
+            return f"no column `text` (columns: {', '.join(schema.names) or 'none'})"
+        kind = schema.field("text").type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            return f"column `text` holds {kind}, not strings"
+    except (pa.ArrowException, OSError) as error:
+        return f"not a readable parquet file ({str(error).splitlines()[0][:120]})"
+    return None
+
+
+class Progress:
+    """Say how far a job is: a live line on a terminal, otherwise a line every 10 seconds, and one at the end."""
+
+    def __init__(self, label: str, total: float, unit: str):
+        self.label, self.total, self.unit, self.done, self.note = label, total, unit, 0.0, ""
+        self.start = self.shown = time.monotonic()
+        self.live, self.lock = sys.stdout.isatty(), threading.Lock()
+
+    def add(self, amount: float) -> None:
+        with self.lock:
+            self.done += amount
+            if time.monotonic() - self.shown > (0.2 if self.live else 10):
+                self.shown = time.monotonic()
+                line = f"\r{self._line()}\x1b[K" if self.live else f"{self._line()}\n"
+                print(line, end="", flush=True)
+
+    def _line(self) -> str:
+        seconds = time.monotonic() - self.start
+        rate = self.done / max(seconds, 1e-9)
+        left = f", {max(self.total - self.done, 0) / rate:.0f} s left" if 0 < self.done < self.total else ""
+        done = f"{self.note}{self.done:,.0f}/{self.total:,.0f} {self.unit}"
+        return f"{self.label}: {done}, {rate:,.1f} {self.unit}/s{left}"
+
+    def close(self) -> None:
+        seconds = time.monotonic() - self.start
+        line = f"{self.label}: {self.note}{self.done:,.0f} {self.unit} in {seconds:.1f} s"
+        print(f"\r{line}\x1b[K" if self.live else line, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: download from the hub, or the docstrings that are here already
+
+TIMEOUT = (10, 60)  # seconds to connect, and between two bytes
+ATTEMPTS = 5  # at a body that breaks off or fails its check; urllib3 repeats requests that get no good answer
+BACKOFF = 1.0  # seconds; waits double from it
+PACKAGES = ("torch", "numpy", "sympy", "networkx")  # read for DOCSTRINGS
+MIN_DOCSTRING = 200  # characters
+
+
+def _get_files(contract: Contract, names: list[str], manifest: Manifest, workers: int) -> None:
+    """Have every named parquet file in the cache, checked; raises Failure that names each missing file and why."""
+    folder, files = manifest.folder / "parquet", manifest.data["files"]
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = []
+    for name in names:
+        problem = _parquet_problem(folder / name, files.get(name))
+        if problem:
+            missing.append(name)
+            if problem != "missing":
+                print(f"{folder / name}: {problem}; getting it again")
+        elif name not in files:  # put there by hand, or by a run that was killed before it could note it
+            _record(manifest, name, _sha256(folder / name))
+    if missing and contract.dataset == DOCSTRINGS:
+        _write_docstrings(folder)
+        for name in missing:
+            _record(manifest, name, _sha256(folder / name))
+    elif missing:
+        problems = _download_all(contract, missing, manifest, workers)
+        if problems:
+            raise Failure("\n".join([f"{len(problems)} of {len(names)} files are missing:",
+                                     *(f"  {name}: {why}" for name, why in problems.items()),
+                                     "Run the same command again: what is complete is kept, what broke off goes on.",
+                                     "No network? `uv run prepare.py --contract demo` needs none."]))
+
+
+def _record(manifest: Manifest, name: str, sha256: str) -> None:
+    size = manifest.parquet(name).stat().st_size
+    manifest.update(files=manifest.data["files"] | {name: {"size": size, "sha256": sha256}})
+
+
+def _download_all(contract: Contract, names: list[str], manifest: Manifest, workers: int) -> dict[str, str]:
+    """Download in parallel; returns {name: why} of the files that could not be had."""
+    folder = manifest.folder / "parquet"
+    base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    url = f"{base}/datasets/{contract.dataset}/resolve/main/"
+    retry = Retry(total=ATTEMPTS, connect=3, read=1, backoff_factor=BACKOFF, status_forcelist=(429, 500, 502, 503, 504))
+    stop, problems = threading.Event(), {}
+    with requests.Session() as session:
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry, pool_maxsize=workers))
+        size = _remote_bytes(session, url + names[0])
+        need, free = size * len(names) * 5 / 2, shutil.disk_usage(folder).free  # tokens: 2 bytes for about 4.5 of text
+        if need > free:
+            raise Failure(f"not enough disk: about {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free in {folder}. "
+                          "Free some, ask for a smaller --num-shards, or move the cache with AUTORESEARCH_CACHE.")
+        progress = Progress(f"download from {urlsplit(url).netloc}", size * len(names) / 1e6, "MB")
+        with ThreadPoolExecutor(workers) as pool:
+            jobs = {n: pool.submit(_download, session, url + n, folder / n, progress, stop) for n in names}
+            try:
+                for count, (name, job) in enumerate(jobs.items(), 1):
+                    try:
+                        digest = job.result()
+                    except (Failure, OSError) as error:
+                        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+                        problems[name] = f"disk full while writing to {folder}" if full else str(error)
+                        if not isinstance(error, Failure):  # the host or the disk: the other files would meet it too
+                            stop.set()
+                        continue
+                    first = manifest.data["files"].get(name, {}).get("sha256", digest)
+                    if first == digest:
+                        _record(manifest, name, digest)
+                        progress.note = f"{count}/{len(jobs)} files, "
+                    else:
+                        (folder / name).unlink()
+                        problems[name] = (f"changed at the source: SHA-256 was {first[:12]}…, is {digest[:12]}…; "
+                                          f"to start over with the new data, delete {manifest.folder}")
+            finally:
+                stop.set()  # Ctrl-C: let the threads end
+        progress.close()
+    return problems
+
+
+def _headers(**extra: str) -> dict[str, str]:
+    """Of a request to the hub; requests drops the token when it follows a redirect to another host or port."""
+    token = os.environ.get("HF_TOKEN")
+    return {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {}) | extra
+
+
+def _remote_bytes(session: requests.Session, url: str) -> int:
+    """Size of a file as the server declares it; 0 where it does not say."""
+    try:
+        response = session.head(url, headers=_headers(), timeout=TIMEOUT, allow_redirects=False)
+    except requests.ConnectionError as error:
+        raise Failure(f"cannot reach {urlsplit(url).netloc} ({_cause(error)}); nothing was downloaded.\n"
+                      "No network? `uv run prepare.py --contract demo` needs none.") from error
+    except requests.RequestException:
+        return 0
+    linked, length = (response.headers.get(key, "0") for key in ("X-Linked-Size", "Content-Length"))
+    return int(linked) or (int(length) if response.status_code == 200 else 0)
+
+
+def _download(session: requests.Session, url: str, path: Path, progress: Progress, stop: threading.Event) -> str:
+    """Fetch a parquet file and return its SHA-256. Raises Failure, or OSError for a host or a disk that fails.
+
+    The body goes to a temporary name beside `path`, goes on by Range after a break (of a killed process too), and is
+    renamed only once it has its declared length, its declared SHA-256 (X-Linked-ETag) and a readable footer.
+    """
+    part = _temporary(path, ".part")
+    leftovers = sorted(path.parent.glob(f"{path.name}.*.part"), key=lambda p: p.stat().st_size)
+    if leftovers:
+        os.replace(leftovers.pop(), part)
+    for stale in leftovers:
+        stale.unlink()
+    why = ""
+    for attempt in range(ATTEMPTS):
+        if stop.wait(BACKOFF * 2**attempt if attempt else 0):
+            raise Failure("not tried to the end, because the host or the disk failed for another file")
+        got = part.stat().st_size if part.exists() else 0
+        try:
+            response = session.get(url, headers=_headers(**{"Range": f"bytes={got}-"} if got else {}), stream=True,
+                                   timeout=TIMEOUT)
+        except requests.ConnectionError as error:
+            raise OSError(f"cannot reach {urlsplit(url).netloc} ({_cause(error)})") from error
+        except requests.RequestException as error:
+            raise Failure(f"{urlsplit(url).netloc}: {_cause(error)}") from error
+        with response:
+            if response.status_code == 416:  # what is there is no beginning of this file
+                why = "the server refused to go on from what was there"
+                part.unlink()
+                continue
+            if response.status_code >= 400:
+                raise Failure(f"HTTP {response.status_code} {response.reason} from {urlsplit(response.url).netloc}")
+            got = got if response.status_code == 206 else 0
+            declared = got + int(response.headers.get("Content-Length", -1 - got))
+            tag = (response.history or [response])[0].headers.get("X-Linked-ETag", "").strip('"').lower()
+            progress.add(got / 1e6)
+            try:
+                with open(part, "ab" if got else "wb") as file:
+                    for chunk in response.iter_content(2**20):
+                        file.write(chunk)
+                        got += len(chunk)
+                        progress.add(len(chunk) / 1e6)
+                        if stop.is_set():
+                            raise Failure("stopped, because the host or the disk failed for another file")
+            except requests.RequestException as error:
+                why = f"broke off after {got:,} bytes ({_cause(error)})"
+                progress.add(-got / 1e6)
+                continue
+            except OSError:
+                part.unlink()  # leave no half file on a full disk
+                raise
+        digest = _sha256(part)
+        if declared not in (-1, got):
+            why = f"{got:,} bytes came, {declared:,} were declared"
+        elif len(tag) == 64 and tag != digest:
+            why = f"SHA-256 is {digest[:12]}…, the server declares {tag[:12]}…"
+        else:
+            why = _parquet_problem(part, None)
+        if why is None:
+            os.replace(part, path)
+            return digest
+        part.unlink()
+        progress.add(-got / 1e6)
+    raise Failure(f"{why}; {ATTEMPTS} attempts")
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason of a requests error, which wraps several."""
+    reason = getattr(error.args[0], "reason", None) if error.args else None
+    return str(reason or error).split(": ", 1)[-1][:200]
+
+
+def _write_docstrings(folder: Path) -> None:
+    """Write train, val and test.parquet from the docstrings of PACKAGES, shuffled and split by stable hashes."""
+    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    seen: set[str] = set()
+    roots = [Path(importlib.util.find_spec(package).origin).parent for package in PACKAGES]
+    paths = [(root, path) for root in roots for path in sorted(root.rglob("*.py"))
+             if not {"tests", "testing"} & set(path.relative_to(root).parts)]
+    progress = Progress("docstrings", len(paths), "modules")
+    gc.disable()  # halves the time: the parser's nodes make no cycles
+    for root, path in paths:
+        progress.add(1)
+        digest = hashlib.sha256(path.relative_to(root.parent).as_posix().encode()).digest()
+        split = {0: "val", 1: "test"}.get(digest[0] % 10, "train")
+        for text in _docstrings(path):
+            if text not in seen:
+                seen.add(text)
+                splits[split].append(text)
+    gc.enable()
+    progress.close()
+    for split, texts in splits.items():
+        texts.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
+        temporary = _temporary(folder / f"{split}.parquet")
+        pq.write_table(pa.table({"text": texts}), temporary)
+        os.replace(temporary, folder / f"{split}.parquet")
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    source = path.read_text(encoding="utf-8", errors="replace")
+    if source.count('"' * 3) < 2:  # parsing is what takes the time
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nodes = [ast.parse(source)]
+    except (SyntaxError, ValueError):
+        return
+    while nodes:
+        node = nodes.pop()
+        nodes.extend(child for child in getattr(node, "body", ()) if hasattr(child, "body"))  # no walk into expressions
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node)
+            if text and len(text) >= MIN_DOCSTRING:
+                yield text.encode("utf-8", "replace").decode()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+# GPT-4's split pattern with numbers in groups of at most two digits: small vocabularies have no room for three
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SPECIALS = 4  # reserved tokens, numbered after the merges; the first is BOS
+
+
+class Tokenizer:
+    """BPE over bytes; `<|reserved_0|>` is BOS and begins every document. Text never encodes to a reserved token."""
+
+    def __init__(self, ranks: dict[bytes, int]):
+        specials = {f"<|reserved_{i}|>": len(ranks) + i for i in range(SPECIALS)}
+        self.encoding = tiktoken.Encoding(
+            "autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials
+        )
+        self.bos = len(ranks)
+
+    @classmethod
+    def load(cls, contract: Contract | None = None) -> "Tokenizer":
+        """Read the contract's tokenizer.tiktoken: per line the token's bytes in base64 and its rank."""
+        path = cache_dir() / (contract or active_contract()[0]).name / "tokenizer.tiktoken"
+        try:
+            pairs = (line.split() for line in path.read_bytes().splitlines())
+            return cls({base64.b64decode(token, validate=True): int(rank) for token, rank in pairs})
+        except FileNotFoundError:
+            raise Failure(f"no tokenizer at {path}; run: uv run prepare.py") from None
+        except Exception as error:
+            raise Failure(f"{path} is damaged ({error}); delete it and run: uv run prepare.py") from error
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self.encoding.decode(list(tokens))
+
+    def get_vocab_size(self) -> int:
+        return self.encoding.n_vocab
+
+    def documents(self, texts: Iterable[str | None]) -> list[np.ndarray]:
+        """Encode documents, each with BOS before it, to uint16 arrays."""
+        encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
+        return [np.concatenate([[self.bos], encode(text or "")]).astype(np.uint16) for text in texts]
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes that each token stands for, int64 (V,), from its raw bytes; 0 for the reserved ones."""
+        raw = [len(self.encoding.decode_single_token_bytes(token)) for token in range(self.bos)]
+        return np.array(raw + [0] * SPECIALS, dtype=np.int64)
+
+    def digest(self) -> str:
+        """SHA-256 over the pattern and every token's bytes, in order."""
+        tokens = (self.encoding.decode_single_token_bytes(token).hex() for token in range(self.bos))
+        return hashlib.sha256("\n".join([SPLIT_PATTERN, *tokens]).encode()).hexdigest()
+
+
+def _read_texts(path: Path, columns: int = 128) -> Iterator[list[str | None]]:
+    """Batches of the documents of a parquet file; one that cannot be read to its end is set aside."""
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=columns, columns=["text"]):
+                yield batch.column(0).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        os.replace(path, path.with_suffix(".bad"))
+        raise Failure(f"{path} breaks off while being read ({error}); set aside as {path.with_suffix('.bad').name}. "
+                      "Run the same command again to get it anew.") from error
+
+
+def _train_tokenizer(contract: Contract, parts: list[tuple[str, int, int | None]], manifest: Manifest) -> Tokenizer:
+    """Train on the first `tokenizer_chars` characters of the training text; writes tokenizer.tiktoken."""
+    progress = Progress("tokenizer", contract.tokenizer_chars / 1e6, "MB of text")
+    chars = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal chars
+        for name, start, stop in parts:
+            documents = itertools.chain.from_iterable(_read_texts(manifest.parquet(name)))
+            for text in itertools.islice(documents, start, stop):
+                text = (text or "")[: contract.tokenizer_doc_chars]
+                chars += len(text)
+                progress.add(len(text) / 1e6)
+                yield text
+                if chars >= contract.tokenizer_chars:
+                    return
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(texts(), contract.vocab_size - SPECIALS, pattern=SPLIT_PATTERN)
+    progress.close()
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    tokenizer = Tokenizer(ranks)
+    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda r: r[1]))
+    _write(manifest.folder / "tokenizer.tiktoken", b"".join(lines))
+    manifest.update(tokenizer=tokenizer.digest(), tokenizer_chars=chars)
+    return tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens on disk, and packing
+
+
+def _tokenize(tokenizer: Tokenizer, name: str, manifest: Manifest) -> None:
+    """Encode a parquet file on all cores to tokens.bin (uint16) and offsets.npy (int64, documents + 1), once."""
+    source = manifest.parquet(name)
+    tokens, offsets = manifest.derived(f"{name}.tokens"), manifest.derived(f"{name}.offsets")
+    tokens.parent.mkdir(exist_ok=True)
+    if offsets.exists() and tokens.exists() and np.load(offsets, mmap_mode="r")[-1] * 2 == tokens.stat().st_size:
+        return
+    metadata = pq.read_metadata(source)
+    size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    progress = Progress(f"tokenize {name}", size / 1e6, "MB")
+    lengths, temporary, cores = [], _temporary(tokens), os.cpu_count() or 1
+    pending: collections.deque = collections.deque()
+    try:
+        with open(temporary, "wb") as file, ThreadPoolExecutor(cores) as pool:  # tiktoken lets go of the GIL
+
+            def write() -> None:
+                for document in pending.popleft().result():
+                    file.write(document.tobytes())
+                    lengths.append(len(document))
+
+            for texts in _read_texts(source):
+                pending.append(pool.submit(tokenizer.documents, texts))
+                progress.add(sum(len(text or "") for text in texts) / 1e6)
+                while len(pending) > 3 * cores:
+                    write()
+            while pending:
+                write()
+        os.replace(temporary, tokens)
+        buffer = io.BytesIO()
+        np.save(buffer, np.cumsum([0, *lengths], dtype=np.int64))
+        _write(offsets, buffer.getvalue())
+    finally:
+        temporary.unlink(missing_ok=True)
+    progress.close()
+
+
+class Documents:
+    """The tokenized documents of a split in dataset order, memory-mapped: once, or pass after pass `forever`."""
+
+    def __init__(self, manifest: Manifest, parts: list[tuple[str, int, int | None]], forever: bool = False):
+        self.forever, self.epoch = forever, 0  # the epoch counts passes begun
+        self.parts = []
+        for name, start, stop in parts:
+            offsets = np.load(manifest.derived(f"{name}.offsets"), mmap_mode="r")
+            rows = range(*slice(start, stop).indices(len(offsets) - 1))
+            if len(rows):
+                tokens = np.asarray(np.memmap(manifest.derived(f"{name}.tokens"), dtype=np.uint16, mode="r"))
+                self.parts.append((tokens, offsets[rows.start : rows.stop + 1]))
+        if not self.parts:
+            raise Failure(f"no documents in {', '.join(name for name, _, _ in parts)} of {manifest.folder}")
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        while self.forever or not self.epoch:
+            self.epoch += 1
+            for tokens, offsets in self.parts:
+                for start, stop in itertools.pairwise(offsets):
+                    yield tokens[start:stop]
+
+
+REFILL = 128  # documents read at once
+
+
+def pack_rows(documents: Iterable[np.ndarray], length: int, buffer_size: int = 1000) -> Iterator[np.ndarray]:
+    """Best-fit packing: yield rows of exactly `length` tokens, uint16, each of which begins with a document.
+
+    Whenever the buffer holds fewer than `buffer_size` documents, it is refilled with the next REFILL in order. A row
+    takes the longest document that fits in what is left of it (the first that arrived among equals), again and again;
+    when none fits, the shortest (first among equals) is cropped to fill it, and the rest of that one is thrown away.
+    Ends when a finite stream cannot fill a row.
+
+    Cost: cropping throws away CROPPED
+    """
+    stream, waiting, arrivals = iter(documents), {}, itertools.count()
+    keys: list[int] = []  # sorted, length << 40 | arrival: a bisection finds the best fit where a scan read them all
+    while True:
+        row, filled = np.empty(length, dtype=np.uint16), 0
+        while filled < length:
+            while len(keys) < buffer_size and (batch := list(itertools.islice(stream, REFILL))):
+                for arrival, document in zip(arrivals, batch):
+                    bisect.insort(keys, key := len(document) << 40 | arrival)
+                    waiting[key] = document
+            if not keys:
+                return
+            at = bisect.bisect_left(keys, (length - filled + 1) << 40)  # documents before it fit
+            if at:
+                at = bisect.bisect_left(keys, keys[at - 1] >> 40 << 40)  # first to arrive of that length
+            document = waiting.pop(keys.pop(at))[: length - filled]
+            row[filled : filled + len(document)] = document
+            filled += len(document)
+        yield row
+
+
+def _pack_exam(contract: Contract, split: str, manifest: Manifest) -> None:
+    """Store the exam: the first eval_tokens / max_seq_len rows of a split, uint16 (rows, T + 1)."""
+    path, count = manifest.derived(f"{split}.npy"), contract.eval_tokens // contract.max_seq_len
+    if path.exists() and _sha256(path) == manifest.data.get(split):
+        return
+    progress = Progress(f"pack {split}", count, "rows")
+    part = contract.val if split == "val" else contract.test
+    rows: list[np.ndarray] = []
+    while len(rows) < count:
+        once = len(rows)
+        for row in itertools.islice(pack_rows(Documents(manifest, [part]), contract.max_seq_len + 1), count - once):
+            rows.append(row)
+            progress.add(1)
+        if len(rows) == once:
+            raise Failure(f"the {split} text of {contract.name} is too short to fill one row of "
+                          f"{contract.max_seq_len + 1} tokens")
+        if not once and len(rows) < count:
+            print(f"note: the {split} text fills {len(rows):,} of {count:,} rows; they repeat")
+    buffer = io.BytesIO()
+    np.save(buffer, np.stack(rows))
+    _write(path, buffer.getvalue())
+    progress.close()
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    if manifest.data.get(split, digest) != digest:
+        print(f"note: the {split} rows are not those of before; the fingerprint says so")
+    manifest.update(**{split: digest})
+
+
+def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> Tokenizer:
+    """Bring the contract's cache folder to completion and return its tokenizer; what is there and good is kept.
+
+    `shards`: training shards; None keeps what was last prepared. One process at a time does this, others wait.
+    """
+    with _locked(cache_dir() / contract.name):
+        manifest = Manifest(contract)
+        parts = contract.train(shards or manifest.data.get("shards", DEFAULT_SHARDS))
+        names = list(dict.fromkeys(name for name, _, _ in [*parts, contract.val, contract.test]))
+        _get_files(contract, names, manifest, workers)
+        try:
+            tokenizer = Tokenizer.load(contract)
+        except Failure:
+            tokenizer = None
+        if tokenizer is None or tokenizer.digest() != manifest.data.get("tokenizer"):
+            tokenizer = _train_tokenizer(contract, parts, manifest)
+        if manifest.data["tokenizer_chars"] < contract.tokenizer_chars and contract.train_files > 1:
+            print(f"note: the tokenizer was trained on {manifest.data['tokenizer_chars']:,} of "
+                  f"{contract.tokenizer_chars:,} characters, because too few shards were there, so the fingerprint is "
+                  f"not the usual one. The tokenizer stays as it is; to train it anew, delete {manifest.folder}")
+        for name in names:
+            _tokenize(tokenizer, name, manifest)
+        for split in ("val", "test"):
+            _pack_exam(contract, split, manifest)
+        if manifest.data.get("shards") != len(parts):
+            manifest.update(shards=len(parts))
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time in `folder`; the lock goes with its process, however that ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            print(f"another process is preparing {folder}; waiting for it", flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise Failure(f"cannot write to the cache {folder} ({error}); AUTORESEARCH_CACHE moves it") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loader
+
+
+class Loader:
+    """What make_dataloader returns: an iterator with `close()`. A daemon thread packs PREFETCH batches ahead."""
+
+    PREFETCH = 4
+
+    def __init__(self, documents: Documents, B: int, T: int, buffer_size: int, device: torch.device, counted: bool):
+        self.documents, self.B, self.T, self.buffer_size = documents, B, T, buffer_size
+        self.device, self.counted, self.closed = device, counted, False
+        cuda = device.type == "cuda"
+        self.free: queue.Queue = queue.Queue()
+        self.ready: queue.Queue = queue.Queue()
+        for _ in range(self.PREFETCH):  # a host buffer, and the event after the last copy from it
+            host = torch.empty(B, T + 1, dtype=torch.int32, pin_memory=cuda)
+            self.free.put((host, torch.cuda.Event() if cuda else None))
+        self.thread = threading.Thread(target=self._fill, daemon=True, name="loader")
+        self.thread.start()
+
+    def _fill(self) -> None:
+        try:
+            rows = pack_rows(self.documents, self.T + 1, self.buffer_size)
+            while True:
+                host, copied = self.free.get()
+                if self.closed:
+                    return
+                if copied:
+                    copied.synchronize()
+                batch = list(itertools.islice(rows, self.B))
+                if len(batch) < self.B:
+                    raise StopIteration
+                np.stack(batch, out=host.numpy(), casting="unsafe")
+                self.ready.put((host, copied, self.documents.epoch))
+        except BaseException as error:  # also StopIteration: the consumer's thread raises it
+            self.ready.put(error)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        if self.counted:
+            _RUN.start()
+        item = self.ready.get()
+        if isinstance(item, BaseException):
+            self.ready.put(item)
+            raise item
+        host, copied, epoch = item
+        rows = host.to(self.device, non_blocking=copied is not None)
+        if copied:
+            copied.record()
+        x, y = rows[:, :-1].long(), rows[:, 1:].long()
+        self.free.put((host, copied))
+        if self.counted:
+            _RUN.tokens += x.numel()
+        return x, y, epoch
+
+    def close(self) -> None:
+        """End the thread, and the watchdog of the run."""
+        self.closed = True
+        self.free.put((None, None))
+        self.thread.join()
+        if self.counted:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def make_dataloader(
+    tokenizer: Tokenizer, B: int, T: int, split: str, buffer_size: int = 1000, device: str | torch.device | None = None
+) -> Loader:
+    """Yield (x, y, epoch): int64 (B, T) on the device, y is x one token on; epoch is the pass being read, from 1.
+
+    Rows are those of `pack_rows` over the split's documents, in an order that does not depend on B: for ever for
+    "train", one pass for "val" and "test" (what is left under a whole batch is dropped). Same cache, same rows. The
+    tensors are the caller's to keep. The first batch of "train" begins the run: its evidence and its watchdog.
+    """
+    contract = active_contract()[0]
+    manifest = Manifest(contract)
+    if tokenizer.digest() != manifest.data.get("tokenizer"):
+        raise Failure(f"this is not the tokenizer that {manifest.folder} was made with; run: uv run prepare.py")
+    train = split == "train"
+    parts = contract.train(manifest.data["shards"]) if train else [getattr(contract, split)]
+    device = torch.device(device or default_device())
+    return Loader(Documents(manifest, parts, forever=train), B, T, buffer_size, device, counted=train)
+
+
+def default_device() -> torch.device:
+    """CUDA or ROCm, then Apple's MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metric: the locked exam
+
+# Largest change of a logit, relative to the largest logit (at least 1), at a position whose past did not change.
+# PROBE_MEASURED
+PROBE_TOLERANCE = 1e-4
+
+
+@torch.no_grad()
+def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> float:
+    """Return bits per byte: the sum of -ln p over the exam's targets / (ln 2 * the bytes those targets stand for).
+
+    `model(x)` maps int64 (B, T) to logits (B, T, V); whatever loss it defines is not used. Reserved tokens are in
+    neither sum, so bpb does not depend on the vocabulary. All eval_tokens targets are scored for every batch size, in
+    rows that prepare packed once: `batch_size` changes speed and memory only, and is halved where it does not fit.
+    Log-softmax in float32, sums in float64 on the host. Appends a line to runs.jsonl. Raises ExamError for a model
+    that `check_model` refuses, for an exam file or a tokenizer that is not the contract's.
+    """
+    contract, split = active_contract()[0], active_split()
+    manifest = Manifest(contract)
+    if tokenizer.digest() != manifest.data.get("tokenizer"):
+        raise ExamError("the tokenizer is not the one the exam was packed with; use prepare.Tokenizer.load()")
+    path = manifest.derived(f"{split}.npy")
+    if not path.is_file() or _sha256(path) != manifest.data.get(split):
+        raise ExamError(f"{path} is not the exam that was packed (its SHA-256 differs); run: uv run prepare.py")
+    rows, token_bytes = np.load(path, mmap_mode="r"), torch.from_numpy(tokenizer.token_bytes())
+
+    def score(batch_size: int) -> float:
+        check_model(model, batch_size)
+        nats, count, first = 0.0, 0, None
+        for start in range(0, len(rows), batch_size):
+            batch, real = _batch(rows, start, batch_size)
+            nll = _nll(model, batch, tokenizer.get_vocab_size())
+            first = nll if first is None else first
+            weights = token_bytes[batch[:, 1:]]
+            weights[real:] = 0
+            nats += nll.double()[weights > 0].sum().item()
+            count += weights.sum().item()
+        again = _nll(model, _batch(rows, 0, batch_size)[0], tokenizer.get_vocab_size())
+        _refuse_if_moved(first, again, "has memory: the first batch, scored again at the end, gives another loss")
+        return nats / (math.log(2) * count)
+
+    with _evaluating(model):
+        bpb = _halve_until_it_fits(score, batch_size)
+    _RUN.write_evidence(contract, split, bpb, _device_of(model))
+    return bpb
+
+
+@torch.no_grad()
+def check_model(model: Callable, batch_size: int) -> None:
+    """Run the exam's probes alone, on its first rows: cheap enough for warm-up. Raises ExamError.
+
+    Refuses logits of a wrong shape or not finite, logits that depend on later tokens, on other rows of the batch, or on
+    earlier calls. A leak must move logits by more than PROBE_TOLERANCE to be seen; one that does not is worth less than
+    twice that share of a nat per token. All calls have the shape (batch_size, T), so that they compile once.
+    """
+    contract = active_contract()[0]
+    rows = np.load(Manifest(contract).derived("val.npy"), mmap_mode="r")
+    vocab_size = Tokenizer.load(contract).get_vocab_size()
+
+    def probe(batch_size: int) -> None:
+        x = _batch(rows, 0, batch_size)[0][:, :-1]
+        B, T = x.shape
+        others = (x + torch.randint(1, vocab_size, x.shape, generator=torch.Generator().manual_seed(0))) % vocab_size
+        cuts = {0, 1, 2, T // 16, T // 8 + 1, T // 4, T // 2 - 1, T // 2, 3 * T // 4 + 1, T - 2}
+        cuts = sorted(cut for cut in cuts if 0 <= cut < T - 1)
+        keep = min(B, len(cuts))
+        base = _logits(model, x, vocab_size)[:keep].clone()
+        again = _logits(model, x, vocab_size)[:keep]
+        _refuse_if_moved(base, again, "has memory: the same batch, given twice, gives other logits")
+        for row in {0, keep - 1} if B > 1 else ():
+            changed = others.clone()
+            changed[row] = x[row]
+            moved = _logits(model, changed, vocab_size)[row]
+            _refuse_if_moved(base[row], moved, f"mixes rows: other rows of the batch change the logits of row {row}")
+        for start in range(0, len(cuts), keep):
+            changed = x.clone()
+            for row, cut in enumerate(cuts[start : start + keep]):
+                changed[row, cut + 1 :] = others[row, cut + 1 :]
+            logits = _logits(model, changed, vocab_size)
+            for row, cut in enumerate(cuts[start : start + keep]):
+                what = f"sees the future: tokens after position {cut} change the logits up to it"
+                _refuse_if_moved(base[row, : cut + 1], logits[row, : cut + 1], what)
+
+    with _evaluating(model):
+        _halve_until_it_fits(probe, batch_size)
+
+
+def _batch(rows: np.ndarray, start: int, size: int) -> tuple[torch.Tensor, int]:
+    """Exam rows from `start`, int64 (size, T + 1) on the host, filled up with row 0; and how many are real."""
+    batch = rows[start : start + size]
+    padding = np.repeat(rows[:1], size - len(batch), axis=0)
+    return torch.from_numpy(np.concatenate([batch, padding]).astype(np.int64)), len(batch)
+
+
+def _logits(model: Callable, x: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    logits = model(x.to(_device_of(model), copy=True))  # x alone: no storage that holds the targets
+    if not isinstance(logits, torch.Tensor) or logits.shape != (*x.shape, vocab_size):
+        seen = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ExamError(f"model(x) returned {seen}; the exam needs logits of shape {(*x.shape, vocab_size)}")
+    for row in logits:  # row by row: no second tensor of that size
+        if not row.isfinite().all():
+            raise ExamError(f"model(x) returned {(~row.isfinite()).sum().item():,} non-finite logits in one row")
+    return logits
+
+
+def _nll(model: Callable, batch: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """-ln p of each target, float32 (B, T) on the host, for a batch (B, T + 1)."""
+    logits = _logits(model, batch[:, :-1], vocab_size)
+    targets = batch[:, 1:].to(logits.device)
+    rows = [F.cross_entropy(row.float(), target, reduction="none") for row, target in zip(logits, targets)]
+    return torch.stack(rows).cpu()
+
+
+def _refuse_if_moved(before: torch.Tensor, after: torch.Tensor, what: str) -> None:
+    moved = (before.float() - after.float()).abs().max().item()
+    limit = PROBE_TOLERANCE * max(1.0, before.float().abs().max().item())
+    if not moved <= limit:
+        raise ExamError(f"the model {what} (by {moved:.3g}, limit {limit:.3g})")
+
+
+@contextlib.contextmanager
+def _evaluating(model: Callable) -> Iterator[None]:
+    training = getattr(model, "training", False)
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+def _device_of(model: Callable) -> torch.device:
+    parameters = model.parameters() if hasattr(model, "parameters") else iter(())
+    return next((parameter.device for parameter in parameters), default_device())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def _halve_until_it_fits(job: Callable[[int], Result], batch_size: int) -> Result:
+    while True:
+        try:
+            return job(batch_size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or batch_size == 1:
+                raise
+        batch_size //= 2  # here, where the failed call's tensors are gone
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"evaluation: out of memory, going on with {batch_size} rows at once", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evidence and watchdog
+
+
+class _Run:
+    """This process's run: begins with the first training batch, leaves one line in runs.jsonl when it is scored."""
+
+    def __init__(self):
+        self.began, self.tokens, self.facts = None, 0, {}
+
+    def start(self) -> None:
+        if self.began is not None:
+            return
+        self.began = time.monotonic()
+        # A run that hangs must not stop the night: every thread's traceback, then exit code 1
+        limit = max(120, 2 * active_contract()[0].time_budget)
+        faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
+        here = Path(__file__).resolve().parent
+        self.facts = {
+            "commit": _git(here, "rev-parse", "HEAD") or None,
+            "dirty": bool(_git(here, "status", "--porcelain", "--", "train.py")),
+        }
+        for path in (here / "train.py", here / "prepare.py"):
+            if path.is_file():
+                self.facts[f"{path.stem}_sha256"] = _sha256(path)
+
+    def write_evidence(self, contract: Contract, split: str, bpb: float, device: torch.device) -> None:
+        line = {
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            **self.facts,
+            "contract": fingerprint(contract),
+            "split": split,
+            "bpb": bpb,
+            "seconds": None if self.began is None else round(time.monotonic() - self.began, 1),
+            "tokens": self.tokens,
+            "peak_memory_mb": round(peak_memory_mb(device), 1),
+            "device": device_name(device),
+            "torch": torch.__version__,
+            "seed": torch.initial_seed(),
+        }
+        file = os.open("runs.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, (json.dumps(line) + "\n").encode())  # one write: lines of two runs do not mix
+        finally:
+            os.close(file)
+
+
+_RUN = _Run()
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak allocation on a CUDA/ROCm device, elsewhere the process's peak resident set; MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Call a script's main; expected failures, Ctrl-C and a closed pipe end in one line or none, and an exit code."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # stdout and stderr go to one log: keep their order
+    try:
+        main()
+        sys.stdout.flush()
+    except Failure as failure:
+        sys.exit(f"FAIL: {failure}")
+    except KeyboardInterrupt:
+        sys.exit("FAIL: interrupted")
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def describe(contract: Contract, why: str) -> str:
+    """The first line that prepare.py and train.py print."""
+    return f"contract: {contract.name} ({why}); cache: {cache_dir() / contract.name}"
+
+
+def main() -> None:
+    def count(text: str) -> int:
+        if not text.lstrip("-").isdigit() or (number := int(text)) == 0 or number < -1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1, or -1 for all")
+        return number
+
+    def workers(text: str) -> int:
+        if not text.isdigit() or not 1 <= int(text) <= 64:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 64")
+        return int(text)
+
+    parser = argparse.ArgumentParser(description="Prepare data, tokenizer and exam of a contract in the cache.")
+    parser.add_argument("--contract", choices=list(CONTRACTS), help="prepare this one and remember it")
+    shards_help = f"training shards, -1: all (default {DEFAULT_SHARDS}, or as many as last time)"
+    parser.add_argument("--num-shards", type=count, metavar="N", help=shards_help)
+    parser.add_argument("--download-workers", type=workers, default=8, metavar="W", help="files at a time (default 8)")
+    parser.print_usage = lambda file=None: None  # a bad value gets one line
+    arguments = parser.parse_args()
+    if arguments.contract:
+        contract, why = _contract_named(arguments.contract, "--contract"), "--contract"
+    else:
+        contract, why = active_contract()
+    print(describe(contract, why))
+    shards = contract.train_files if arguments.num_shards == -1 else arguments.num_shards
+    if shards and shards > contract.train_files:
+        parser.error(f"argument --num-shards: {shards}, but {contract.name} has {contract.train_files}")
+    start = time.monotonic()
+    prepare(contract, shards, arguments.download_workers)
+    if arguments.contract:
+        _write(cache_dir() / "active", contract.name.encode())
+        if os.environ.get("AUTORESEARCH_CONTRACT", contract.name) != contract.name:
+            print(f"note: AUTORESEARCH_CONTRACT={os.environ['AUTORESEARCH_CONTRACT']} still goes first")
+    print(f"ready: {fingerprint(contract)} in {time.monotonic() - start:.1f} s; now: uv run train.py")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,90 @@
+"""Fixtures: every test gets a cache of its own; `tiny` is a contract prepared in no time, `demo` the real one."""
+
+import dataclasses
+import faulthandler
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dataclasses.replace(
+    prepare.CONTRACTS["climbmix"],
+    name="tiny",
+    train_files=3,
+    val=("shard_00004.parquet", 0, None),
+    test=("shard_00003.parquet", 0, None),
+    vocab_size=400,
+    max_seq_len=32,
+    time_budget=1.0,
+    eval_tokens=64 * 32,
+)
+
+
+def write_shard(path: Path, texts: list[str]) -> None:
+    """A parquet file in the layout of the climbmix shards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=50)
+
+
+def some_texts(seed: int, count: int = 200) -> list[str]:
+    """English-like documents of very different lengths, the same for the same seed."""
+    words = "the of and to in a model token loss step data with for is on byte learns quickly, naïve 中文 42".split()
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(words, k=draw.choice((1, 5, 20, 60, 200)))) for _ in range(count)]
+
+
+def run(*command: str, cwd: Path = ROOT, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
+    """Run a Python command of the repo (`run("train.py", SEED="1")`) in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "SEED"))}
+    return subprocess.run([sys.executable, *command], cwd=cwd, timeout=timeout, capture_output=True, text=True,
+                          env=environment | env)
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path, monkeypatch):
+    """No test sees the user's cache, environment or working directory, nor what another test left in the modules."""
+    for name in list(os.environ):
+        if name.startswith(("AUTORESEARCH_", "HF_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "_RUN", prepare._Run())
+    prepare.active_contract.cache_clear()
+    yield
+    prepare.active_contract.cache_clear()
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A small contract with the shard layout of climbmix, active and prepared; returns its tokenizer."""
+    monkeypatch.setitem(prepare.CONTRACTS, "tiny", TINY)
+    monkeypatch.setenv("AUTORESEARCH_CONTRACT", "tiny")
+    for number in range(5):
+        write_shard(tmp_path / "cache" / "tiny" / "parquet" / f"shard_{number:05d}.parquet", some_texts(number))
+    return prepare.prepare(TINY, 3)
+
+
+@pytest.fixture(scope="session")
+def demo_cache(tmp_path_factory) -> Path:
+    """A cache with the demo contract, prepared once per session by the real command."""
+    cache = tmp_path_factory.mktemp("demo-cache")
+    done = run("prepare.py", "--contract", "demo", AUTORESEARCH_CACHE=str(cache))
+    assert done.returncode == 0, done.stderr
+    return cache
+
+
+@pytest.fixture
+def demo(demo_cache, monkeypatch) -> Path:
+    """The prepared demo contract is the active one; returns its cache."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(demo_cache))
+    monkeypatch.setenv("AUTORESEARCH_CONTRACT", "demo")
+    return demo_cache

@@ -1,0 +1,711 @@
+"""
+What is being tried: the model, the optimizer, their hyperparameters and the training loop, in one file.
+
+    uv run train.py                    (SEED=43 uv run train.py: another seed)
+
+Trains for the contract's TIME_BUDGET, lets prepare.evaluate_bpb score the model and prints a summary; lower val_bpb is
+better. Reads the cache that prepare.py makes (and calls it where nothing is prepared); writes stdout only, the line in
+runs.jsonl comes from prepare.py. This is the one file the agent edits: everything in it may change, as long as
+`model(idx)` gives logits and the score comes from evaluate_bpb.
+"""
+
+import collections
+import contextlib
+import functools
+import gc
+import math
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import prepare
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hyperparameters
+
+# Size: the knobs that depend on the device. `main` takes the column of the device it runs on.
+DEPTH = {"cuda": 9, "mps": 4, "cpu": 4}  # layers: the one dial
+ASPECT_RATIO = {"cuda": 71, "mps": 64, "cpu": 32}  # n_embd = DEPTH * ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
+HEAD_DIM = {"cuda": 128, "mps": 64, "cpu": 64}
+TOTAL_BATCH_SIZE = {"cuda": 2**18, "mps": 2**14, "cpu": 2**11}  # tokens per optimizer step
+DEVICE_BATCH_SIZE = {"cuda": 128, "mps": 16, "cpu": 8}  # rows at once; halved in warm-up while they do not fit
+EVAL_BATCH_SIZE = {"cuda": 32, "mps": 8, "cpu": 32}  # rows at once
+WINDOW_PATTERN = {"cuda": "SSSSL", "mps": "L", "cpu": "L"}  # tiled over the layers; the last layer is always L
+
+# Model
+SHORT_WINDOW = 256  # keys before its own that a query of an S layer sees; L layers see all
+ROPE_BASE = 200_000
+SOFTCAP = 15  # logits stay within +-SOFTCAP
+GATE_CHANNELS = 32  # channels of x that the gate of a value embedding reads
+BIGRAM_ROWS = {"cuda": 2**18, "mps": 2**14, "cpu": 2**14}  # rows of the hashed bigram embedding; 0: none
+INIT_SCALE = 0.68  # of the uniform bound sqrt(3 / n_embd)
+X0_INIT = 0.05
+
+# Optimizer
+MATRIX_LR = 0.04  # Muon
+MUON_MOMENTUM = (0.85, 0.95)  # first step, after MUON_RAMP steps
+MUON_RAMP = 200
+MUON_BETA2 = 0.95
+MUON_WEIGHT_DECAY = 0.2  # falls linearly to 0
+EMBEDDING_LR = 0.9  # token and value embeddings, at width 768
+BIGRAM_LR = 0.25  # times EMBEDDING_LR
+UNEMBEDDING_LR = 0.005  # at width 768
+SCALAR_LR = 0.5  # x0 lambdas; resid lambdas a hundredth
+ADAM_BETAS = (0.8, 0.95)
+ADAM_EPS = 1e-10
+WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.003, "bigram": 0.0}  # AdamW's
+
+# Schedule, in shares of TIME_BUDGET
+WARMDOWN_RATIO = 0.75
+FINAL_LR_FRAC = 0.05
+
+ATTENTION = "auto"  # or force one: "fa3", "varlen", "sdpa"
+COMPILE = {"cuda": True, "mps": False, "cpu": False}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+
+FA3_KERNEL = "kernels-community/flash-attn3"  # for Hopper; "varunneal/flash-attention-3" is said to be faster there
+FA3_ALLOWED: list[str] = []  # publishers' kernels outside the hub's trusted list run only if named here
+HUB_SECONDS = 15  # a hub that accepts and never answers must not hang the run
+BACKENDS: dict = {}  # name of the backend in use -> function; filled by choose_attention
+
+
+def attention(q, k, v, window):
+    """Causal attention over a sliding window: query t sees keys max(0, t - window) ... t, so window + 1 of them.
+
+    q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D).
+    """
+    return BACKENDS["in use"](q, k, v, window)
+
+
+def attention_fa3(q, k, v, window):
+    window = -1 if window >= q.size(1) - 1 else window
+    y = BACKENDS["fa3 module"].flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+    return y[0] if isinstance(y, tuple) else y  # some builds also return the log-sum-exp
+
+
+def attention_varlen(q, k, v, window):
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, T, H, D = q.shape
+    ends = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
+    q, k, v = (t.reshape(B * T, -1, D) for t in (q, k, v))  # (B*T, H, D): rows one after another
+    return varlen_attn(q, k, v, ends, ends, T, T, window_size=(-1 if window >= T - 1 else window, 0)).view(B, T, H, D)
+
+
+def attention_sdpa(q, k, v, window):
+    T = q.size(1)
+    mask = None if window >= T - 1 else band_mask(T, window, q.device)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+    gqa = q.size(1) != k.size(1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    return y.transpose(1, 2)
+
+
+@functools.cache
+def band_mask(T, window, device):
+    """Boolean (T, T), True where query (row) may see key (column)."""
+    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)[None, :]
+    return (distance >= 0) & (distance <= window)
+
+
+def choose_attention(device, wanted="auto"):
+    """Set the backend of `attention`; returns its name and the reason in one line."""
+    why = []
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if wanted == "fa3" or (wanted == "auto" and capability == (9, 0) and not torch.version.hip):
+        try:
+            BACKENDS["fa3 module"] = load_kernel(FA3_KERNEL, FA3_ALLOWED)
+            BACKENDS["in use"] = attention_fa3
+            return "fa3", f"Flash Attention 3 from {FA3_KERNEL}"
+        except Exception as error:  # anything can come out of a download and of importing a stranger's build
+            cause = " ".join(str(error).split())[:200]
+            why.append(f"NO FLASH ATTENTION 3: {FA3_KERNEL} did not load ({type(error).__name__}: {cause})")
+    if wanted == "varlen" or (wanted != "sdpa" and device.type == "cuda" and capability >= (8, 0)):
+        BACKENDS["in use"] = attention_varlen
+        return "varlen", "; ".join([*why, "torch's varlen_attn"])
+    BACKENDS["in use"] = attention_sdpa
+    return "sdpa", "; ".join([*why, f"torch's scaled_dot_product_attention on {device.type}"])
+
+
+def load_kernel(repo, allowed):
+    """Return the module of a hub kernel, version 1; raises TimeoutError after HUB_SECONDS, or what loading raised."""
+    from kernels import get_kernel
+
+    outcome = {}
+
+    def load():
+        try:
+            outcome["module"] = get_kernel(repo, version=1, trust_remote_code=allowed)
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    if "module" in outcome:
+        return outcome["module"]
+    raise outcome.get("error") or TimeoutError(f"no answer from the hub within {HUB_SECONDS} s")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int
+    seq_len: int  # tokens; T may be shorter
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    windows: tuple  # per layer, see attention
+    bigram_rows: int = 0
+
+
+def model_width(depth, aspect_ratio, head_dim):
+    """n_embd: depth * aspect_ratio, rounded up to a multiple of head_dim."""
+    return math.ceil(depth * aspect_ratio / head_dim) * head_dim
+
+
+def window_sizes(pattern, n_layer, short, seq_len):
+    """Window of each layer: the pattern of S and L tiled over the layers, the last one always L."""
+    if not pattern or set(pattern) - {"S", "L"}:
+        raise prepare.Failure(f"WINDOW_PATTERN is {pattern!r}; it takes S and L only, for example SSSL")
+    tiled = [pattern[i % len(pattern)] for i in range(n_layer - 1)] + ["L"]
+    return tuple(min(short, seq_len) if kind == "S" else seq_len for kind in tiled)
+
+
+def has_value_embedding(layer, n_layer):
+    """Alternating layers, the last one included."""
+    return (n_layer - 1 - layer) % 2 == 0
+
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotary(seq_len, head_dim, base, device=None):
+    """cos and sin, each (1, seq_len, 1, head_dim / 2) float32."""
+    inverse = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), inverse)[None, :, None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Apply RoPE to x (B, T, H, D): each pair (x[d], x[d + D/2]) turns by its position's angle."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+def bigram_hash(idx, rows):
+    """Row of each position's (previous token, token) pair in a table, int64 (B, T) below `rows`; causal."""
+    previous = F.pad(idx[:, :-1], (1, 0))
+    return (previous * 1_000_003 + idx * 92_821) % rows
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_dim = config.n_embd // config.n_head
+        self.window = config.windows[layer]
+        self.c_q = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=False)
+        self.c_k = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
+        if has_value_embedding(layer, config.n_layer):
+            self.ve_gate = nn.Linear(GATE_CHANNELS, self.n_kv_head, bias=False)
+
+    def forward(self, x, ve, cos, sin):
+        B, T, C = x.shape
+        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)  # (B, T, H, D)
+        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, Hkv, D)
+        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, Hkv, D)
+        if ve is not None:  # value residual (ResFormer, arXiv 2410.17897), gated per kv head; the gate begins at 1
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, Hkv)
+            v = v + gate.unsqueeze(-1) * ve.view(B, T, self.n_kv_head, self.head_dim)
+        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)  # QK norm first: a rotation keeps norms
+        y = attention(q.to(v.dtype), k.to(v.dtype), v, self.window)  # (B, T, H, D)
+        return self.c_proj(y.reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attn = CausalSelfAttention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x, ve, cos, sin):
+        x = x + self.attn(norm(x), ve, cos, sin)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """Pre-norm transformer without biases; model(idx) -> logits (B, T, V) float32, model(idx, targets) -> mean loss."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        n_layer, n_embd = config.n_layer, config.n_embd
+        kv_dim = n_embd // config.n_head * config.n_kv_head
+        self.wte = nn.Embedding(config.vocab_size, n_embd)
+        self.bigram = nn.Embedding(config.bigram_rows, n_embd) if config.bigram_rows else None
+        self.value_embeds = nn.ModuleDict(
+            {str(i): nn.Embedding(config.vocab_size, kv_dim) for i in range(n_layer) if has_value_embedding(i, n_layer)}
+        )
+        self.resid_lambdas = nn.Parameter(torch.empty(n_layer))
+        self.x0_lambdas = nn.Parameter(torch.empty(n_layer))
+        self.h = nn.ModuleList([Block(config, i) for i in range(n_layer)])
+        self.lm_head = nn.Linear(n_embd, config.vocab_size, bias=False)
+        shape = (1, config.seq_len, 1, n_embd // config.n_head // 2)
+        self.register_buffer("cos", torch.empty(shape), persistent=False)
+        self.register_buffer("sin", torch.empty(shape), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Fill every parameter and buffer in place from torch's random state; raises Failure naming one left out."""
+        left = {id(parameter): name for name, parameter in self.named_parameters()}
+
+        def fill(parameter, method, *arguments):
+            getattr(parameter, method)(*arguments)
+            del left[id(parameter)]
+
+        bound = INIT_SCALE * (3 / self.config.n_embd) ** 0.5  # a uniform's standard deviation is bound / sqrt(3)
+        fill(self.wte.weight, "normal_", 0, 1)
+        if self.bigram is not None:
+            fill(self.bigram.weight, "zero_")
+        for table in self.value_embeds.values():
+            fill(table.weight, "uniform_", -bound, bound)
+        for block in self.h:
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
+                fill(linear.weight, "uniform_", -bound, bound)
+            for linear in (block.attn.c_proj, block.mlp.c_proj):
+                fill(linear.weight, "zero_")
+            if hasattr(block.attn, "ve_gate"):
+                fill(block.attn.ve_gate.weight, "zero_")
+        fill(self.resid_lambdas, "fill_", 1.0)
+        fill(self.x0_lambdas, "fill_", X0_INIT)
+        fill(self.lm_head.weight, "normal_", 0, 0.001)
+        head_dim = self.config.n_embd // self.config.n_head
+        cos, sin = rotary(self.config.seq_len, head_dim, ROPE_BASE, self.cos.device)
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
+        if left:
+            raise prepare.Failure(f"init_weights leaves parameters uninitialised: {', '.join(left.values())}")
+
+    def forward(self, idx, targets=None):
+        T = idx.size(1)
+        cos, sin = self.cos[:, :T], self.sin[:, :T]
+        x = self.wte(idx)  # (B, T, C)
+        if self.bigram is not None:
+            x = x + self.bigram(bigram_hash(idx, self.config.bigram_rows))
+        x = x0 = norm(x)
+        for i, block in enumerate(self.h):
+            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
+            x = block(x, ve, cos, sin)
+        logits = self.lm_head(norm(x)).float()  # (B, T, V)
+        logits = SOFTCAP * torch.tanh(logits / SOFTCAP)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+
+    def flops_per_token(self):
+        """Training FLOPs per token as MFU counts them (PaLM, arXiv 2204.02311, appendix B), windows as they are."""
+        matmul = sum(p.numel() for m in self.modules() if isinstance(m, nn.Linear) for p in m.parameters())
+        keys = sum(min(window + 1, self.config.seq_len) for window in self.config.windows)
+        return 6 * matmul + 12 * self.config.n_embd * keys
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+# Quintic coefficients of Polar Express for 5 iterations, safety factor 2e-2, cushion 2 (arXiv 2505.16932)
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalize(matrices, dtype):
+    """Nearest semi-orthogonal matrix of each of (N, rows, cols), about: singular values go near 1. Returns `dtype`."""
+    x = matrices.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)  # singular values into (0, 1), less the safety factor
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def muon_step(params, grads, momentum_buffer, second_moment, momentum, lr, weight_decay, beta2, dtype):
+    """Muon step of same-shape matrices, stacked (N, rows, cols); params, grads and both buffers change in place.
+
+    m <- momentum m + (1 - momentum) g;  u = orthogonalize(Nesterov of m)
+    s <- beta2 s + (1 - beta2) mean(u^2) over the shorter side of u;  u <- u / sqrt(s), scaled back to its old norm
+    p <- p - lr sqrt(max(1, rows / cols)) (u + weight_decay p where u p > 0)
+    NorMuon (arXiv 2510.05491), cautious weight decay (arXiv 2510.12402). The scalars are 0-D CPU tensors, so that a new
+    value is no new constant to compile for.
+    """
+    momentum_buffer.mul_(momentum).add_(grads * (1 - momentum))
+    u = orthogonalize(grads * (1 - momentum) + momentum_buffer * momentum, dtype).float()
+    rows, cols = u.shape[-2:]
+    power = u.square().mean(dim=-1 if rows >= cols else -2, keepdim=True)
+    second_moment.mul_(beta2).add_(power * (1 - beta2))
+    scaled = u * second_moment.clamp_min(1e-10).rsqrt()
+    u = scaled * (u.norm(dim=(-2, -1), keepdim=True) / scaled.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+    lr = lr * max(1, rows / cols) ** 0.5
+    params.sub_(lr * (u + weight_decay * params * (u * params > 0)))
+
+
+def adamw_step(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay):
+    """AdamW step (arXiv 1711.05101), as torch.optim.AdamW's; param and both moments change in place.
+
+    p <- p - lr weight_decay p - lr m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps), computed in float32.
+    The scalars are 0-D CPU tensors, so that a new value is no new constant to compile for.
+    """
+    g, m, v, p = grad.float(), exp_avg.float(), exp_avg_sq.float(), param.float()  # no copies if they are float32
+    m.mul_(beta1).add_(g * (1 - beta1))
+    v.mul_(beta2).add_(g.square().mul_(1 - beta2))
+    denominator = (v / (1 - beta2**step)).sqrt_().add_(eps)
+    p.mul_(1 - lr * weight_decay).sub_((m / denominator).mul_(lr / (1 - beta1**step)))
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+    param.copy_(p)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for groups with kind="muon" (matrices), AdamW for those with kind="adamw".
+
+    Each group's options may change from step to step. `compiled`: step functions go through torch.compile once.
+    `dtype`: of the orthogonalisation.
+    """
+
+    def __init__(self, groups, compiled=False, dtype=torch.float32):
+        super().__init__(groups, {})
+        wrap = functools.partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda step: step
+        self.adamw_step, self.muon_step, self.dtype = wrap(adamw_step), wrap(muon_step), dtype
+        self.scalars = {}  # 0-D CPU tensors, reused: compiled code reads their values
+
+    def scalar(self, name, value):
+        return self.scalars.setdefault(name, torch.zeros((), dtype=torch.float32)).fill_(value)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            options = {name: group[name] for name in ("lr", "weight_decay", "beta2")}
+            if group["kind"] == "adamw":
+                self.step_adamw(group, options)
+            else:
+                self.step_muon(group, options)
+
+    def step_adamw(self, group, options):
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state["step"] += 1
+            scalars = options | {"step": state["step"], "beta1": group["beta1"], "eps": group["eps"]}
+            scalars = {name: self.scalar(name, value) for name, value in scalars.items()}
+            self.adamw_step(p, p.grad, state["exp_avg"], state["exp_avg_sq"], **scalars)
+
+    def step_muon(self, group, options):
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        grads, stacked = torch.stack([p.grad for p in params]), torch.stack(params)
+        state = self.state[params[0]]
+        if not state:
+            rows, cols = stacked.shape[-2:]
+            shape = (len(params), rows, 1) if rows >= cols else (len(params), 1, cols)
+            state["momentum_buffer"] = torch.zeros_like(stacked)
+            state["second_moment"] = torch.zeros(shape, device=stacked.device)
+        scalars = options | {"momentum": group["momentum"]}
+        scalars = {name: self.scalar(name, value) for name, value in scalars.items()}
+        self.muon_step(stacked, grads, state["momentum_buffer"], state["second_moment"], **scalars, dtype=self.dtype)
+        torch._foreach_copy_(params, list(stacked.unbind()))
+
+
+def parameter_groups(model):
+    """Optimizer groups that cover exactly the model's parameters; raises Failure naming what is left out or doubled."""
+    scale = (model.config.n_embd / 768) ** -0.5
+
+    def adamw(params, lr, betas=ADAM_BETAS, weight_decay=0.0):
+        return {"kind": "adamw", "params": list(params), "lr": lr, "beta1": betas[0], "beta2": betas[1],
+                "eps": ADAM_EPS, "weight_decay": weight_decay}
+
+    groups = [
+        adamw(model.lm_head.parameters(), UNEMBEDDING_LR * scale, weight_decay=WEIGHT_DECAY["lm_head"]),
+        adamw(model.wte.parameters(), EMBEDDING_LR * scale, weight_decay=WEIGHT_DECAY["wte"]),
+        adamw(model.value_embeds.parameters(), EMBEDDING_LR * scale, weight_decay=WEIGHT_DECAY["value_embeds"]),
+        adamw([model.resid_lambdas], SCALAR_LR * 0.01),
+        adamw([model.x0_lambdas], SCALAR_LR, betas=(0.96, 0.95)),
+    ]
+    if model.bigram is not None:
+        lr = BIGRAM_LR * EMBEDDING_LR * scale
+        groups.append(adamw(model.bigram.parameters(), lr, weight_decay=WEIGHT_DECAY["bigram"]))
+    matrices = list(model.h.parameters())
+    for shape in sorted({p.shape for p in matrices}):  # same-shape matrices are stepped as one batch
+        params = [p for p in matrices if p.shape == shape]
+        groups.append({"kind": "muon", "params": params, "lr": MATRIX_LR, "beta2": MUON_BETA2,
+                       "momentum": MUON_MOMENTUM[0], "weight_decay": MUON_WEIGHT_DECAY})
+    grouped = [id(p) for group in groups for p in group["params"]]
+    wrong = [name for name, p in model.named_parameters() if grouped.count(id(p)) != 1]
+    if wrong:
+        raise prepare.Failure(f"parameter_groups must hold each parameter once; it does not for {', '.join(wrong)}")
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    return groups
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules
+
+
+def lr_multiplier(progress: float) -> float:
+    """1 until 1 - WARMDOWN_RATIO of the budget, then linearly down to FINAL_LR_FRAC at progress 1."""
+    if progress < 1 - WARMDOWN_RATIO:
+        return 1.0
+    left = (1 - min(progress, 1.0)) / WARMDOWN_RATIO
+    return left + (1 - left) * FINAL_LR_FRAC
+
+
+def muon_momentum(step: int) -> float:
+    """Linearly from the first of MUON_MOMENTUM at step 0 to the second at MUON_RAMP and after."""
+    share = min(step / MUON_RAMP, 1.0)
+    return (1 - share) * MUON_MOMENTUM[0] + share * MUON_MOMENTUM[1]
+
+
+def muon_weight_decay(progress: float) -> float:
+    """MUON_WEIGHT_DECAY at progress 0, linearly down to 0 at 1."""
+    return MUON_WEIGHT_DECAY * (1 - min(progress, 1.0))
+
+
+def set_schedules(optimizer, step: int, progress: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * lr_multiplier(progress)
+        if group["kind"] == "muon":
+            group["momentum"] = muon_momentum(step)
+            group["weight_decay"] = muon_weight_decay(progress)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run
+
+LOG_SECONDS = 5  # between two log lines
+WARMUP_STEPS = 3  # thrown away
+
+# Dense bf16 FLOP/s by device name, from the vendors' data sheets; the first match counts
+PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+}
+
+
+def compute_dtype(device):
+    """bfloat16 where the hardware has it, else float32: emulated bfloat16 is many times slower."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def build(config, device, dtype, compiled, seed):
+    """Return (model, optimizer) on the device, initialised from the seed; the tables in the compute dtype."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=device)
+    for table in (model.wte, model.bigram, *model.value_embeds.values()):
+        if table is not None:
+            table.to(dtype)
+    torch.manual_seed(seed)
+    model.init_weights()
+    return model, MuonAdamW(parameter_groups(model), compiled, dtype)
+
+
+def train_step(model, optimizer, batches):
+    """Accumulate gradients over the batches, step, and return the mean loss, a detached 0-D tensor."""
+    total = 0
+    for x, y, *_ in batches:
+        loss = model(x, y) / len(batches)
+        loss.backward()
+        total = total + loss.detach()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def summary(results):
+    """The block that ends a run: one `name: value` line each, values aligned."""
+    return "\n".join(["---", *(f"{name + ':':<17} {value}" for name, value in results.items())])
+
+
+def main():
+    began = time.monotonic()
+    contract, why = prepare.active_contract()
+    print(prepare.describe(contract, why))
+    split, T = prepare.active_split(), contract.max_seq_len
+
+    # Device, seeds, precision, attention
+    device = prepare.default_device()
+    kind = device.type
+    seed = int(os.environ.get("SEED") or 42)
+    torch.set_float32_matmul_precision("high")
+    dtype = compute_dtype(device)
+    autocast = torch.autocast(kind, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+    synchronize = torch.cuda.synchronize if kind == "cuda" else torch.mps.synchronize if kind == "mps" else lambda: None
+    backend, reason = choose_attention(device, ATTENTION)
+    print(f"device: {prepare.device_name(device)}, {str(dtype).removeprefix('torch.')}")
+    print(f"attention: {backend} ({reason})")
+
+    # Data and model
+    tokenizer = prepare.prepare(contract)
+    rows, step_tokens = DEVICE_BATCH_SIZE[kind], TOTAL_BATCH_SIZE[kind]
+    if step_tokens % (rows * T):
+        raise prepare.Failure(f"TOTAL_BATCH_SIZE ({step_tokens}) must be a multiple of DEVICE_BATCH_SIZE ({rows}) x "
+                              f"MAX_SEQ_LEN ({T}) = {rows * T}; change the first or the second")
+    n_layer = DEPTH[kind]
+    n_embd = model_width(n_layer, ASPECT_RATIO[kind], HEAD_DIM[kind])
+    n_head = n_embd // HEAD_DIM[kind]
+    windows = window_sizes(WINDOW_PATTERN[kind], n_layer, SHORT_WINDOW, T)
+    config = GPTConfig(tokenizer.get_vocab_size(), T, n_layer, n_head, n_head, n_embd, windows, BIGRAM_ROWS[kind])
+    raw_model, optimizer = build(config, device, dtype, COMPILE[kind], seed)
+    model = torch.compile(raw_model, dynamic=False) if COMPILE[kind] else raw_model
+    n_params = sum(p.numel() for p in raw_model.parameters())
+    print(f"model: {n_params / 1e6:.1f} M parameters, {n_layer} layers, width {n_embd}, {n_head} heads of "
+          f"{HEAD_DIM[kind]}; {step_tokens:,} tokens per step")
+
+    # Warm-up on random tokens: compile, find the batch that fits, let the exam refuse a broken model; no trace is left
+    while True:
+        fits = True
+        try:
+            for _ in range(WARMUP_STEPS):
+                noise = torch.randint(config.vocab_size, (rows, T + 1), device=device)
+                with autocast:
+                    loss = train_step(model, optimizer, [(noise[:, :-1].contiguous(), noise[:, 1:].contiguous())])
+            loss.item()
+        except RuntimeError as error:
+            if not prepare.is_out_of_memory(error) or rows == 1:
+                raise
+            fits = False
+        if fits:
+            break
+        rows //= 2  # here, where the failed step's tensors are gone
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        print(f"out of memory: going on with DEVICE_BATCH_SIZE {rows}, {step_tokens // (rows * T)} batches per step")
+    with autocast:
+        prepare.check_model(raw_model, EVAL_BATCH_SIZE[kind])
+    optimizer.state.clear()
+    torch.manual_seed(seed)
+    raw_model.init_weights()
+    if kind == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    # The clock: every step counts. CUDA runs one step behind the host, so that the host never makes it wait
+    loader = prepare.make_dataloader(tokenizer, rows, T, "train", device=device)
+    accumulation = step_tokens // (rows * T)
+    lag = 1 if kind == "cuda" else 0
+    flops = raw_model.flops_per_token() * step_tokens
+    peak = next((value for name, value in PEAK_FLOPS.items() if name in prepare.device_name(device)), None)
+    queued = collections.deque()  # losses of steps that may still run
+    step = done = logged = 0  # steps begun, finished, and finished at the last log line
+    elapsed = dt = logged_at = 0.0
+    batches = [next(loader) for _ in range(accumulation)]
+    synchronize()
+    start = time.monotonic()
+    while elapsed + len(queued) * dt < contract.time_budget:
+        set_schedules(optimizer, step, (elapsed + len(queued) * dt) / contract.time_budget)
+        with autocast:
+            queued.append(train_step(model, optimizer, batches))
+        step += 1
+        batches = [next(loader) for _ in range(accumulation)]
+        if len(queued) <= lag:
+            continue
+        loss = queued.popleft().item()  # waits for that step
+        done, elapsed = done + 1, time.monotonic() - start
+        dt = elapsed / done
+        if not loss <= 100:
+            raise prepare.Failure(f"loss {loss:.6g} at step {done} (NaN, infinite or above 100: training diverged; "
+                                  "lower a learning rate or undo the last change)")
+        if done == 1:  # no collection may stop a step; what exists now stays
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        if done == 1 or elapsed - logged_at >= LOG_SECONDS:
+            print(log_line(done, loss, elapsed, (elapsed - logged_at) / (done - logged), contract.time_budget,
+                           step_tokens, flops, peak, batches[-1][2]))
+            logged, logged_at = done, elapsed
+    while queued:
+        loss = queued.popleft().item()
+    synchronize()
+    training_seconds = time.monotonic() - start
+    print(log_line(step, loss, training_seconds, (training_seconds - logged_at) / max(step - logged, 1),
+                   contract.time_budget, step_tokens, flops, peak, batches[-1][2]))
+
+    # Exam and summary
+    with autocast:
+        bpb = prepare.evaluate_bpb(raw_model, tokenizer, EVAL_BATCH_SIZE[kind])
+    loader.close()
+    mfu = 100 * flops * step / (training_seconds * peak) if peak else 0.0
+    print(summary({
+        f"{split}_bpb": f"{bpb:.6f}",
+        "training_seconds": f"{training_seconds:.1f}",
+        "total_seconds": f"{time.monotonic() - began:.1f}",
+        "peak_vram_mb": f"{prepare.peak_memory_mb(device):.1f}",
+        "mfu_percent": f"{mfu:.2f}",
+        "total_tokens_M": f"{step * step_tokens / 1e6:.1f}",
+        "num_steps": step,
+        "num_params_M": f"{n_params / 1e6:.1f}",
+        "depth": n_layer,
+        "seed": seed,
+        "contract": prepare.fingerprint(contract),
+        "device": prepare.device_name(device),
+        "attention": backend,
+    }))
+
+
+def log_line(step, loss, elapsed, dt, budget, step_tokens, flops, peak, epoch):
+    """One line of progress; dt in seconds, flops per step, peak in FLOP/s or None where it is not known."""
+    mfu = f"{100 * flops / (dt * peak):.1f}%" if peak else "n/a"
+    return (f"step {step:05d} ({min(100 * elapsed / budget, 100):.1f}%) | loss: {loss:.6f} | "
+            f"lrm: {lr_multiplier(elapsed / budget):.2f} | dt: {1000 * dt:.0f}ms | tok/sec: {step_tokens / dt:,.0f} | "
+            f"mfu: {mfu} | epoch: {epoch} | remaining: {max(budget - elapsed, 0):.0f}s")
+
+
+if __name__ == "__main__":
+    prepare.run_main(main)
