@@ -9,7 +9,6 @@ runs.jsonl comes from prepare.py. This is the one file the agent edits: everythi
 `model(idx)` gives logits and the score comes from evaluate_bpb.
 """
 
-import collections
 import contextlib
 import functools
 import gc
@@ -29,20 +28,21 @@ import prepare
 # Hyperparameters
 
 # Size: the knobs that depend on the device. `main` takes the column of the device it runs on.
-DEPTH = {"cuda": 9, "mps": 4, "cpu": 4}  # layers: the one dial
-ASPECT_RATIO = {"cuda": 71, "mps": 64, "cpu": 32}  # n_embd = DEPTH * ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
+DEPTH = {"cuda": 9, "mps": 4, "cpu": 3}  # layers: the one dial
+ASPECT_RATIO = {"cuda": 71, "mps": 64, "cpu": 42}  # n_embd = DEPTH * ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
 HEAD_DIM = {"cuda": 128, "mps": 64, "cpu": 64}
-TOTAL_BATCH_SIZE = {"cuda": 2**18, "mps": 2**14, "cpu": 2**11}  # tokens per optimizer step
-DEVICE_BATCH_SIZE = {"cuda": 128, "mps": 16, "cpu": 8}  # rows at once; halved in warm-up while they do not fit
+TOTAL_BATCH_SIZE = {"cuda": 2**17, "mps": 2**14, "cpu": 2**11}  # tokens per optimizer step
+DEVICE_BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 8}  # rows at once; halved in warm-up while they do not fit
 EVAL_BATCH_SIZE = {"cuda": 32, "mps": 8, "cpu": 32}  # rows at once
 WINDOW_PATTERN = {"cuda": "SSSSL", "mps": "L", "cpu": "L"}  # tiled over the layers; the last layer is always L
+BIGRAM_ROWS = {"cuda": 2**19, "mps": 2**14, "cpu": 2**14}  # rows of the hashed bigram embedding; 0: none
+BIGRAM_VALUE_ROWS = {"cuda": 2**19, "mps": 0, "cpu": 0}  # rows of the hashed bigram value embedding; 0: none
 
 # Model
 SHORT_WINDOW = 256  # keys before its own that a query of an S layer sees; L layers see all
 ROPE_BASE = 200_000
 SOFTCAP = 15  # logits stay within +-SOFTCAP
 GATE_CHANNELS = 32  # channels of x that the gate of a value embedding reads
-BIGRAM_ROWS = {"cuda": 2**18, "mps": 2**14, "cpu": 2**14}  # rows of the hashed bigram embedding; 0: none
 INIT_SCALE = 0.68  # of the uniform bound sqrt(3 / n_embd)
 X0_INIT = 0.05
 
@@ -53,12 +53,12 @@ MUON_RAMP = 200
 MUON_BETA2 = 0.95
 MUON_WEIGHT_DECAY = 0.2  # falls linearly to 0
 EMBEDDING_LR = 0.9  # token and value embeddings, at width 768
-BIGRAM_LR = 0.25  # times EMBEDDING_LR
+BIGRAM_LR = 0.25  # of both bigram tables, times EMBEDDING_LR
 UNEMBEDDING_LR = 0.005  # at width 768
 SCALAR_LR = 0.5  # x0 lambdas; resid lambdas a hundredth
 ADAM_BETAS = (0.8, 0.95)
 ADAM_EPS = 1e-10
-WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.003, "bigram": 0.0}  # AdamW's
+WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.003, "bigram": 0.01}  # AdamW's
 
 # Schedule, in shares of TIME_BUDGET
 WARMDOWN_RATIO = 0.75
@@ -72,7 +72,8 @@ COMPILE = {"cuda": True, "mps": False, "cpu": False}
 
 FA3_KERNEL = "kernels-community/flash-attn3"  # for Hopper; "varunneal/flash-attention-3" is said to be faster there
 FA3_ALLOWED: list[str] = []  # publishers' kernels outside the hub's trusted list run only if named here
-HUB_SECONDS = 15  # a hub that accepts and never answers must not hang the run
+HUB_SECONDS = 15  # for the hub's first answer: one that accepts and never answers must not hang the run
+DOWNLOAD_SECONDS = 300  # for the kernel after that
 BACKENDS: dict = {}  # name of the backend in use -> function; filled by choose_attention
 
 
@@ -86,7 +87,7 @@ def attention(q, k, v, window):
 
 def attention_fa3(q, k, v, window):
     window = -1 if window >= q.size(1) - 1 else window
-    y = BACKENDS["fa3 module"].flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+    y = BACKENDS["fa3"](q, k, v, causal=True, window_size=(window, 0))
     return y[0] if isinstance(y, tuple) else y  # some builds also return the log-sum-exp
 
 
@@ -119,15 +120,17 @@ def choose_attention(device, wanted="auto"):
     """Set the backend of `attention`; returns its name and the reason in one line."""
     why = []
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if wanted not in ("auto", "sdpa") and (wanted not in ("fa3", "varlen") or capability < (8, 0)):
+        raise prepare.Failure(f"ATTENTION is {wanted!r} on {device.type} {capability}; use auto or sdpa, or on a CUDA "
+                              "device of capability (8, 0) or more: fa3 or varlen")
     if wanted == "fa3" or (wanted == "auto" and capability == (9, 0) and not torch.version.hip):
         try:
-            BACKENDS["fa3 module"] = load_kernel(FA3_KERNEL, FA3_ALLOWED)
+            BACKENDS["fa3"] = load_kernel(FA3_KERNEL, FA3_ALLOWED)
             BACKENDS["in use"] = attention_fa3
             return "fa3", f"Flash Attention 3 from {FA3_KERNEL}"
-        except Exception as error:  # anything can come out of a download and of importing a stranger's build
-            cause = " ".join(str(error).split())[:200]
-            why.append(f"NO FLASH ATTENTION 3: {FA3_KERNEL} did not load ({type(error).__name__}: {cause})")
-    if wanted == "varlen" or (wanted != "sdpa" and device.type == "cuda" and capability >= (8, 0)):
+        except prepare.Failure as failure:
+            why.append(f"NO FLASH ATTENTION 3: {FA3_KERNEL} did not load ({failure})")
+    if wanted != "sdpa" and capability >= (8, 0):
         BACKENDS["in use"] = attention_varlen
         return "varlen", "; ".join([*why, "torch's varlen_attn"])
     BACKENDS["in use"] = attention_sdpa
@@ -135,23 +138,31 @@ def choose_attention(device, wanted="auto"):
 
 
 def load_kernel(repo, allowed):
-    """Return the module of a hub kernel, version 1; raises TimeoutError after HUB_SECONDS, or what loading raised."""
-    from kernels import get_kernel
-
-    outcome = {}
+    """Return flash_attn_func of a hub kernel, version 1; raises Failure that says in one line what came instead."""
+    outcome, answered = {"problem": f"no answer from the hub within {HUB_SECONDS} s"}, threading.Event()
 
     def load():
         try:
-            outcome["module"] = get_kernel(repo, version=1, trust_remote_code=allowed)
-        except BaseException as error:
-            outcome["error"] = error
+            import huggingface_hub.constants as hub
+            import kernels
+            import requests
+
+            if not hub.HF_HUB_OFFLINE and f"{repo}=" not in os.environ.get("LOCAL_KERNELS", ""):
+                requests.head(hub.ENDPOINT, timeout=HUB_SECONDS)  # get_kernel itself would wait for ever
+            outcome["problem"] = f"not there within {DOWNLOAD_SECONDS} s"
+            answered.set()
+            outcome["function"] = kernels.get_kernel(repo, version=1, trust_remote_code=allowed).flash_attn_func
+        except BaseException as error:  # anything can come out of a download and of importing a stranger's build
+            outcome["problem"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            answered.set()
 
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
-    thread.join(HUB_SECONDS)
-    if "module" in outcome:
-        return outcome["module"]
-    raise outcome.get("error") or TimeoutError(f"no answer from the hub within {HUB_SECONDS} s")
+    if answered.wait(HUB_SECONDS):
+        thread.join(DOWNLOAD_SECONDS)
+    if "function" not in outcome:
+        raise prepare.Failure(outcome["problem"])
+    return outcome["function"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -168,6 +179,7 @@ class GPTConfig:
     n_embd: int
     windows: tuple  # per layer, see attention
     bigram_rows: int = 0
+    bigram_value_rows: int = 0
 
 
 def model_width(depth, aspect_ratio, head_dim):
@@ -253,7 +265,12 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, ve, cos, sin):
+    def forward(self, x, x0, idx, resid_lambda, x0_lambda, value_table, bigram_values, cos, sin):
+        """x and x0 (B, T, C) -> (B, T, C). value_table (V, Hkv * D) or None, bigram_values (B, T, Hkv * D) or None."""
+        x = resid_lambda * x + x0_lambda * x0
+        ve = None if value_table is None else F.embedding(idx, value_table)  # (B, T, Hkv * D)
+        if ve is not None and bigram_values is not None:
+            ve = ve + bigram_values
         x = x + self.attn(norm(x), ve, cos, sin)
         return x + self.mlp(norm(x))
 
@@ -268,6 +285,7 @@ class GPT(nn.Module):
         kv_dim = n_embd // config.n_head * config.n_kv_head
         self.wte = nn.Embedding(config.vocab_size, n_embd)
         self.bigram = nn.Embedding(config.bigram_rows, n_embd) if config.bigram_rows else None
+        self.bigram_values = nn.Embedding(config.bigram_value_rows, kv_dim) if config.bigram_value_rows else None
         self.value_embeds = nn.ModuleDict(
             {str(i): nn.Embedding(config.vocab_size, kv_dim) for i in range(n_layer) if has_value_embedding(i, n_layer)}
         )
@@ -286,12 +304,13 @@ class GPT(nn.Module):
 
         def fill(parameter, method, *arguments):
             getattr(parameter, method)(*arguments)
-            del left[id(parameter)]
+            left.pop(id(parameter), None)  # shared ones come twice
 
         bound = INIT_SCALE * (3 / self.config.n_embd) ** 0.5  # a uniform's standard deviation is bound / sqrt(3)
         fill(self.wte.weight, "normal_", 0, 1)
-        if self.bigram is not None:
-            fill(self.bigram.weight, "zero_")
+        for table in (self.bigram, self.bigram_values):
+            if table is not None:
+                fill(table.weight, "zero_")
         for table in self.value_embeds.values():
             fill(table.weight, "uniform_", -bound, bound)
         for block in self.h:
@@ -311,22 +330,40 @@ class GPT(nn.Module):
         if left:
             raise prepare.Failure(f"init_weights leaves parameters uninitialised: {', '.join(left.values())}")
 
-    def forward(self, idx, targets=None):
-        T = idx.size(1)
-        cos, sin = self.cos[:, :T], self.sin[:, :T]
-        x = self.wte(idx)  # (B, T, C)
+    def compile_parts(self):
+        """Compile a block once for all layers of its kind, instead of the whole model: a third of the time to start."""
+        torch._dynamo.config.recompile_limit = 64  # kinds of block x batch shapes x training or not
+        for block in self.h:
+            block.compile(dynamic=False)
+        self.embed, self.head = torch.compile(self.embed, dynamic=False), torch.compile(self.head, dynamic=False)
+
+    def embed(self, idx):
+        """idx (B, T) -> x0 (B, T, C), and what the bigrams add to the value embeddings (B, T, Hkv * D) or None."""
+        x = self.wte(idx)
         if self.bigram is not None:
             x = x + self.bigram(bigram_hash(idx, self.config.bigram_rows))
-        x = x0 = norm(x)
-        for i, block in enumerate(self.h):
-            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
-            ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
-            x = block(x, ve, cos, sin)
-        logits = self.lm_head(norm(x)).float()  # (B, T, V)
+        if self.bigram_values is None:
+            return norm(x), None
+        return norm(x), self.bigram_values(bigram_hash(idx, self.config.bigram_value_rows))
+
+    def head(self, x, targets):
+        """x (B, T, C) -> logits (B, T, V) float32, or with targets (B, T) the mean loss."""
+        logits = self.lm_head(norm(x)).float()
         logits = SOFTCAP * torch.tanh(logits / SOFTCAP)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+
+    def forward(self, idx, targets=None):
+        T = idx.size(1)
+        cos, sin = self.cos[:, :T], self.sin[:, :T]
+        x0, bigram_values = self.embed(idx)
+        x = x0
+        lambdas = zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind())
+        for i, (block, (resid_lambda, x0_lambda)) in enumerate(zip(self.h, lambdas)):
+            value_table = self.value_embeds[str(i)].weight if str(i) in self.value_embeds else None
+            x = block(x, x0, idx, resid_lambda, x0_lambda, value_table, bigram_values, cos, sin)
+        return self.head(x, targets)
 
     def flops_per_token(self):
         """Training FLOPs per token as MFU counts them (PaLM, arXiv 2204.02311, appendix B), windows as they are."""
@@ -409,43 +446,34 @@ class MuonAdamW(torch.optim.Optimizer):
         self.adamw_step, self.muon_step, self.dtype = wrap(adamw_step), wrap(muon_step), dtype
         self.scalars = {}  # 0-D CPU tensors, reused: compiled code reads their values
 
-    def scalar(self, name, value):
-        return self.scalars.setdefault(name, torch.zeros((), dtype=torch.float32)).fill_(value)
+    def scalars_of(self, group, *names, **values):
+        values |= {name: group[name] for name in ("lr", "weight_decay", "beta2", *names)}
+        return {name: self.scalars.setdefault(name, torch.zeros(())).fill_(value) for name, value in values.items()}
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            options = {name: group[name] for name in ("lr", "weight_decay", "beta2")}
-            if group["kind"] == "adamw":
-                self.step_adamw(group, options)
-            else:
-                self.step_muon(group, options)
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                (self.step_muon if group["kind"] == "muon" else self.step_adamw)(group, params)
 
-    def step_adamw(self, group, options):
-        for p in group["params"]:
-            if p.grad is None:
-                continue
+    def step_adamw(self, group, params):
+        for p in params:
             state = self.state[p]
             if not state:
                 state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             state["step"] += 1
-            scalars = options | {"step": state["step"], "beta1": group["beta1"], "eps": group["eps"]}
-            scalars = {name: self.scalar(name, value) for name, value in scalars.items()}
+            scalars = self.scalars_of(group, "beta1", "eps", step=state["step"])
             self.adamw_step(p, p.grad, state["exp_avg"], state["exp_avg_sq"], **scalars)
 
-    def step_muon(self, group, options):
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
+    def step_muon(self, group, params):
         grads, stacked = torch.stack([p.grad for p in params]), torch.stack(params)
         state = self.state[params[0]]
         if not state:
-            rows, cols = stacked.shape[-2:]
-            shape = (len(params), rows, 1) if rows >= cols else (len(params), 1, cols)
+            shorter = -1 if stacked.size(-2) >= stacked.size(-1) else -2
             state["momentum_buffer"] = torch.zeros_like(stacked)
-            state["second_moment"] = torch.zeros(shape, device=stacked.device)
-        scalars = options | {"momentum": group["momentum"]}
-        scalars = {name: self.scalar(name, value) for name, value in scalars.items()}
+            state["second_moment"] = torch.zeros_like(stacked.mean(shorter, keepdim=True))
+        scalars = self.scalars_of(group, "momentum")
         self.muon_step(stacked, grads, state["momentum_buffer"], state["second_moment"], **scalars, dtype=self.dtype)
         torch._foreach_copy_(params, list(stacked.unbind()))
 
@@ -465,9 +493,9 @@ def parameter_groups(model):
         adamw([model.resid_lambdas], SCALAR_LR * 0.01),
         adamw([model.x0_lambdas], SCALAR_LR, betas=(0.96, 0.95)),
     ]
-    if model.bigram is not None:
-        lr = BIGRAM_LR * EMBEDDING_LR * scale
-        groups.append(adamw(model.bigram.parameters(), lr, weight_decay=WEIGHT_DECAY["bigram"]))
+    bigrams = [table.weight for table in (model.bigram, model.bigram_values) if table is not None]
+    if bigrams:
+        groups.append(adamw(bigrams, BIGRAM_LR * EMBEDDING_LR * scale, weight_decay=WEIGHT_DECAY["bigram"]))
     matrices = list(model.h.parameters())
     for shape in sorted({p.shape for p in matrices}):  # same-shape matrices are stepped as one batch
         params = [p for p in matrices if p.shape == shape]
@@ -488,15 +516,13 @@ def parameter_groups(model):
 
 def lr_multiplier(progress: float) -> float:
     """1 until 1 - WARMDOWN_RATIO of the budget, then linearly down to FINAL_LR_FRAC at progress 1."""
-    if progress < 1 - WARMDOWN_RATIO:
-        return 1.0
-    left = (1 - min(progress, 1.0)) / WARMDOWN_RATIO
+    left = min((1 - min(progress, 1.0)) / max(WARMDOWN_RATIO, 1e-9), 1.0)
     return left + (1 - left) * FINAL_LR_FRAC
 
 
 def muon_momentum(step: int) -> float:
     """Linearly from the first of MUON_MOMENTUM at step 0 to the second at MUON_RAMP and after."""
-    share = min(step / MUON_RAMP, 1.0)
+    share = min(step / max(MUON_RAMP, 1), 1.0)
     return (1 - share) * MUON_MOMENTUM[0] + share * MUON_MOMENTUM[1]
 
 
@@ -521,17 +547,8 @@ WARMUP_STEPS = 3  # thrown away
 
 # Dense bf16 FLOP/s by device name, from the vendors' data sheets; the first match counts
 PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-    "MI300X": 1307e12,
+    "GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12, "MI300X": 1307e12,
 }
 
 
@@ -548,9 +565,9 @@ def build(config, device, dtype, compiled, seed):
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=device)
-    for table in (model.wte, model.bigram, *model.value_embeds.values()):
-        if table is not None:
-            table.to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.to(dtype)
     torch.manual_seed(seed)
     model.init_weights()
     return model, MuonAdamW(parameter_groups(model), compiled, dtype)
@@ -578,11 +595,14 @@ def main():
     contract, why = prepare.active_contract()
     print(prepare.describe(contract, why))
     split, T = prepare.active_split(), contract.max_seq_len
+    seed = os.environ.get("SEED") or "42"
+    if not seed.isdecimal() or int(seed) >= 2**63:
+        raise prepare.Failure(f"SEED is {seed!r}; give a whole number from 0 to {2**63 - 1}, or unset it")
+    seed = int(seed)
 
-    # Device, seeds, precision, attention
+    # Device, precision, attention
     device = prepare.default_device()
     kind = device.type
-    seed = int(os.environ.get("SEED") or 42)
     torch.set_float32_matmul_precision("high")
     dtype = compute_dtype(device)
     autocast = torch.autocast(kind, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
@@ -593,7 +613,8 @@ def main():
 
     # Data and model
     tokenizer = prepare.prepare(contract)
-    rows, step_tokens = DEVICE_BATCH_SIZE[kind], TOTAL_BATCH_SIZE[kind]
+    step_tokens = TOTAL_BATCH_SIZE[kind]
+    rows = max(1, min(DEVICE_BATCH_SIZE[kind], step_tokens // T))
     if step_tokens % (rows * T):
         raise prepare.Failure(f"TOTAL_BATCH_SIZE ({step_tokens}) must be a multiple of DEVICE_BATCH_SIZE ({rows}) x "
                               f"MAX_SEQ_LEN ({T}) = {rows * T}; change the first or the second")
@@ -601,62 +622,73 @@ def main():
     n_embd = model_width(n_layer, ASPECT_RATIO[kind], HEAD_DIM[kind])
     n_head = n_embd // HEAD_DIM[kind]
     windows = window_sizes(WINDOW_PATTERN[kind], n_layer, SHORT_WINDOW, T)
-    config = GPTConfig(tokenizer.get_vocab_size(), T, n_layer, n_head, n_head, n_embd, windows, BIGRAM_ROWS[kind])
-    raw_model, optimizer = build(config, device, dtype, COMPILE[kind], seed)
-    model = torch.compile(raw_model, dynamic=False) if COMPILE[kind] else raw_model
-    n_params = sum(p.numel() for p in raw_model.parameters())
+    config = GPTConfig(tokenizer.get_vocab_size(), T, n_layer, n_head, n_head, n_embd, windows, BIGRAM_ROWS[kind],
+                       BIGRAM_VALUE_ROWS[kind])
+    model, optimizer = build(config, device, dtype, COMPILE[kind], seed)
+    if COMPILE[kind]:
+        model.compile_parts()
+    n_params = sum(p.numel() for p in model.parameters())
     print(f"model: {n_params / 1e6:.1f} M parameters, {n_layer} layers, width {n_embd}, {n_head} heads of "
           f"{HEAD_DIM[kind]}; {step_tokens:,} tokens per step")
 
     # Warm-up on random tokens: compile, find the batch that fits, let the exam refuse a broken model; no trace is left
-    while True:
-        fits = True
+    fits = False
+    while not fits:
         try:
             for _ in range(WARMUP_STEPS):
                 noise = torch.randint(config.vocab_size, (rows, T + 1), device=device)
                 with autocast:
                     loss = train_step(model, optimizer, [(noise[:, :-1].contiguous(), noise[:, 1:].contiguous())])
             loss.item()
+            fits = True
         except RuntimeError as error:
             if not prepare.is_out_of_memory(error) or rows == 1:
                 raise
-            fits = False
-        if fits:
-            break
-        rows //= 2  # here, where the failed step's tensors are gone
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        print(f"out of memory: going on with DEVICE_BATCH_SIZE {rows}, {step_tokens // (rows * T)} batches per step")
+        if not fits:  # here, where the failed step's tensors are gone: half as many rows, or what divides the step
+            rows = next(fewer for fewer in range(rows // 2, 0, -1) if step_tokens % (fewer * T) == 0)
+            optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            print(f"out of memory: now DEVICE_BATCH_SIZE is {rows}, with {step_tokens // (rows * T)} batches per step")
     with autocast:
-        prepare.check_model(raw_model, EVAL_BATCH_SIZE[kind])
+        prepare.check_model(model, EVAL_BATCH_SIZE[kind])
     optimizer.state.clear()
     torch.manual_seed(seed)
-    raw_model.init_weights()
+    model.init_weights()
     if kind == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
-    # The clock: every step counts. CUDA runs one step behind the host, so that the host never makes it wait
+    # The clock: every step counts. On CUDA the host reads a step's loss after queueing the next, so nobody waits for it
     loader = prepare.make_dataloader(tokenizer, rows, T, "train", device=device)
     accumulation = step_tokens // (rows * T)
-    lag = 1 if kind == "cuda" else 0
-    flops = raw_model.flops_per_token() * step_tokens
+    flops = model.flops_per_token() * step_tokens
     peak = next((value for name, value in PEAK_FLOPS.items() if name in prepare.device_name(device)), None)
-    queued = collections.deque()  # losses of steps that may still run
+    log_seconds = max(LOG_SECONDS, contract.time_budget / 100)  # a log stays under 20 kB
+    queued = []  # (loss, event) of steps that may still run
     step = done = logged = 0  # steps begun, finished, and finished at the last log line
     elapsed = dt = logged_at = 0.0
     batches = [next(loader) for _ in range(accumulation)]
     synchronize()
     start = time.monotonic()
-    while elapsed + len(queued) * dt < contract.time_budget:
-        set_schedules(optimizer, step, (elapsed + len(queued) * dt) / contract.time_budget)
-        with autocast:
-            queued.append(train_step(model, optimizer, batches))
-        step += 1
-        batches = [next(loader) for _ in range(accumulation)]
-        if len(queued) <= lag:
-            continue
-        loss = queued.popleft().item()  # waits for that step
+    while queued or elapsed < contract.time_budget:
+        ahead = elapsed + len(queued) * dt  # when the next step will begin
+        if ahead < contract.time_budget:
+            set_schedules(optimizer, step, ahead / contract.time_budget)
+            with autocast:
+                loss = train_step(model, optimizer, batches)
+            finished = None
+            if kind == "cuda":  # item() here or later would wait for all that is queued by then
+                loss, finished = loss.to("cpu", non_blocking=True), torch.cuda.Event()
+                finished.record()
+            queued.append((loss, finished))
+            step += 1
+            batches = [next(loader) for _ in range(accumulation)]
+            if finished and len(queued) == 1:
+                continue
+        loss, finished = queued.pop(0)
+        if finished:
+            finished.synchronize()
+        loss = loss.item()
         done, elapsed = done + 1, time.monotonic() - start
         dt = elapsed / done
         if not loss <= 100:
@@ -666,25 +698,20 @@ def main():
             gc.collect()
             gc.freeze()
             gc.disable()
-        if done == 1 or elapsed - logged_at >= LOG_SECONDS:
+        last = not queued and elapsed >= contract.time_budget
+        if done == 1 or last or elapsed - logged_at >= log_seconds:
             print(log_line(done, loss, elapsed, (elapsed - logged_at) / (done - logged), contract.time_budget,
                            step_tokens, flops, peak, batches[-1][2]))
             logged, logged_at = done, elapsed
-    while queued:
-        loss = queued.popleft().item()
-    synchronize()
-    training_seconds = time.monotonic() - start
-    print(log_line(step, loss, training_seconds, (training_seconds - logged_at) / max(step - logged, 1),
-                   contract.time_budget, step_tokens, flops, peak, batches[-1][2]))
 
     # Exam and summary
     with autocast:
-        bpb = prepare.evaluate_bpb(raw_model, tokenizer, EVAL_BATCH_SIZE[kind])
+        bpb = prepare.evaluate_bpb(model, tokenizer, EVAL_BATCH_SIZE[kind])
     loader.close()
-    mfu = 100 * flops * step / (training_seconds * peak) if peak else 0.0
+    mfu = 100 * flops * step / (elapsed * peak) if peak else 0.0
     print(summary({
         f"{split}_bpb": f"{bpb:.6f}",
-        "training_seconds": f"{training_seconds:.1f}",
+        "training_seconds": f"{elapsed:.1f}",
         "total_seconds": f"{time.monotonic() - began:.1f}",
         "peak_vram_mb": f"{prepare.peak_memory_mb(device):.1f}",
         "mfu_percent": f"{mfu:.2f}",

@@ -1,0 +1,286 @@
+"""README.md and program.md: every command in them runs in a scratch clone, and what they say of the code is so.
+
+The clone is a git repository of its own with the files of the working tree, the demo contract and a budget of a second.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import prepare
+import train
+
+README, PROGRAM = (ROOT / "README.md").read_text(), (ROOT / "program.md").read_text()
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
+
+# Commands of the README that no test in this file runs as they stand, and what is done instead
+NETWORK = {  # they would download: their arguments are checked up to the point where that begins
+    "uv run prepare.py --contract tinystories": ("tinystories", None),
+    "uv run prepare.py --contract climbmix --num-shards 10": ("climbmix", 10),
+}
+ELSEWHERE = {  # beginning of a command: the file that runs it, and how it does
+    "pip install uv": (".ci/run", "pip install --quiet uv"),
+    "uv run train.py": ("tests/test_scale.py", '"uv run train.py"'),
+    "uv run pytest": (".ci/run", "uv run pytest"),
+    "uv run ruff check .": (".ci/run", "uv run ruff check ."),
+    "uv run jupyter nbconvert": ("tests/test_notebook.py", "readme_command("),
+    "git worktree add": ("tests/test_scale.py", "readme_command("),
+    "(cd ../autoresearch-1": ("tests/test_scale.py", "readme_command("),
+    'uvx --from "ray[default]"': ("tests/test_scale.py", "readme_command("),  # needs Ray, and a GPU: there it uses CPU
+}
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def readme_command(beginning: str) -> str:
+    """The one command of the README that begins so."""
+    (command,) = {line for block in blocks(README) for line in block.splitlines() if line.startswith(beginning)}
+    return command
+
+
+def block(part: str) -> str:
+    """The one block of program.md that holds `part`."""
+    found = [block for block in blocks(PROGRAM) if part in block]
+    assert len(found) == 1, part
+    return found[0]
+
+
+def inline(beginning: str) -> str:
+    """The one `command` in the running text of program.md that begins so."""
+    found = set(re.findall(rf"`({re.escape(beginning)}[^`]*)`", PROGRAM))
+    assert len(found) == 1, beginning
+    return found.pop()
+
+
+def environment(cache: Path, **more: str) -> dict[str, str]:
+    """For commands in a scratch clone: uv takes the environment that runs these tests and downloads nothing."""
+    assert shutil.which("uv"), "these tests run the README's commands: pip install uv"
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "SEED", "UV_", "GIT_"))}
+    env.pop("VIRTUAL_ENV", None)
+    return env | {
+        "AUTORESEARCH_CACHE": str(cache), "AUTORESEARCH_CONTRACT": "demo", "AUTORESEARCH_TIME_BUDGET": "1",
+        "UV_NO_SYNC": "1", "UV_OFFLINE": "1", "UV_PROJECT_ENVIRONMENT": sys.prefix, "OMP_WAIT_POLICY": "PASSIVE",
+        "GIT_CONFIG_GLOBAL": os.devnull, "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a",
+        "GIT_COMMITTER_EMAIL": "a@b", "PYTHONDONTWRITEBYTECODE": "1",
+    } | more
+
+
+def scratch_clone(folder: Path) -> Path:
+    """A git repository of one commit that holds what a clone of this one would."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():  # listed, and not deleted since
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    shell("git init -q && git add -A && git commit -q -m clone", folder, environment(folder))
+    return folder
+
+
+def shell(command: str, folder: Path, env: dict[str, str], code: int = 0) -> str:
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def table(text: str, first_cell: str) -> dict[str, list[str]]:
+    """Rows of the table whose header has `first_cell` somewhere, by their first cells."""
+    lines = text[text.index(first_cell):].split("\n\n")[0].splitlines()
+    rows = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {row[0]: row[1:] for row in rows}
+
+
+@pytest.fixture
+def clone(tmp_path, demo_cache):
+    """(folder, env) of a scratch clone with the demo contract prepared."""
+    (tmp_path / "clone").mkdir()
+    return scratch_clone(tmp_path / "clone"), environment(demo_cache)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# README
+
+
+COMMANDS = [line for block in blocks(README) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in NETWORK and not c.startswith(tuple(ELSEWHERE))])
+def test_the_command_of_the_readme(command, clone):
+    output = shell(command, *clone)
+    if "train.py" in command:
+        assert re.search(r"^---\ntest_bpb: +\d\.\d{6}$", output, re.MULTILINE) and "val_bpb" not in output
+    else:
+        assert "ready: demo-" in output
+
+
+@pytest.mark.parametrize("command", NETWORK)
+def test_the_command_of_the_readme_that_downloads_asks_for_what_it_names(command, monkeypatch):
+    assert command in COMMANDS
+    asked = []
+    monkeypatch.setattr(sys, "argv", command.removeprefix("uv run ").split())
+    monkeypatch.setattr(prepare, "prepare", lambda contract, shards, workers: asked.append((contract.name, shards)))
+    monkeypatch.setattr(prepare, "fingerprint", lambda contract: contract.name)
+    prepare.cache_dir().mkdir()
+    prepare.main()
+    assert asked == [NETWORK[command]]
+    assert (prepare.cache_dir() / "active").read_text() == NETWORK[command][0]
+
+
+@pytest.mark.parametrize("beginning", ELSEWHERE)
+def test_the_command_of_the_readme_runs_elsewhere(beginning):
+    file, how = ELSEWHERE[beginning]
+    how = f"{how}{beginning!r}".replace("'", '"') if how.endswith("(") and '"' not in beginning else how
+    assert readme_command(beginning) and how in (ROOT / file).read_text()
+
+
+def test_the_contracts_in_the_readme_are_those_of_the_code():
+    rows = table(README, "| | `climbmix`")
+    assert rows[""] == list(prepare.CONTRACTS)
+    for column, contract in enumerate(prepare.CONTRACTS.values()):
+        assert rows["data"][column] == contract.dataset
+        assert rows["context, vocabulary (tokens)"][column] == f"{contract.max_seq_len}, {contract.vocab_size}"
+        assert rows["training, seconds"][column] == str(contract.time_budget)
+        assert rows["targets scored"][column] == f"{contract.eval_tokens:,}"
+
+
+def test_the_sizes_in_the_readme_are_the_defaults_of_the_code():
+    rows = table(README, "| device | contract")
+    for row, kind in (("H200", "cuda"), ("2 CPU cores", "cpu")):
+        exponent = train.TOTAL_BATCH_SIZE[kind].bit_length() - 1
+        assert rows[row][1:3] == [str(train.DEPTH[kind]), f"2^{exponent}"]
+
+
+@pytest.mark.parametrize("text", [README, PROGRAM], ids=["README.md", "program.md"])
+def test_constants_variables_and_files_named_in_prose_exist(text):
+    sources = "".join((ROOT / name).read_text() for name in ("prepare.py", "train.py"))
+    foreign = {"CUDA_VISIBLE_DEVICES", "RAY_API_SERVER_ADDRESS"}
+    for name in set(re.findall(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b", text)) - foreign:
+        known = any(name in vars(module) for module in (prepare, train)) or f'"{name}"' in sources
+        assert known, f"{name} is neither a constant nor a variable that the code reads"
+    made = {"results.tsv", "runs.jsonl", "run.log", "notes.md"}
+    ignored = set((ROOT / ".gitignore").read_text().split())
+    assert made | {"uv.lock"} <= ignored
+    for name in set(re.findall(r"`([\w.]+\.(?:py|md|ipynb|toml|tsv|jsonl|log))`", text)) - made:
+        assert (ROOT / name).is_file(), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# program.md
+
+
+def test_program_md_fits_on_a_page_and_a_half():
+    assert len(PROGRAM.splitlines()) <= 125
+    assert max(map(len, PROGRAM.splitlines())) <= 120
+
+
+def example() -> dict[str, str]:
+    """The summary that program.md shows, by names."""
+    (shown,) = re.findall(r"^```\n(---\n.*?)^```$", PROGRAM, re.MULTILINE | re.DOTALL)
+    results = dict(re.split(r": +", line, maxsplit=1) for line in shown.splitlines()[1:])
+    assert shown == train.summary(results) + "\n"
+    return results
+
+
+def test_the_example_of_the_summary_is_what_the_code_prints():
+    assert list(example())[:2] == ["val_bpb", "training_seconds"]
+
+
+def test_a_session_by_the_book_baseline_discard_crash_keep(clone):
+    """Every block of program.md, in the order in which an agent meets them; one real run, and results made up."""
+    folder, env = clone
+    train_py, results = folder / "train.py", folder / "results.tsv"
+    used = set()
+
+    def do(part: str, verdict: str = 'status=discard text="what was tried"') -> str:
+        used.add(block(part))
+        return shell(block(part).replace('status=discard text="what was tried"', verdict), folder, env)
+
+    def head() -> str:
+        return shell("git rev-parse --short=7 HEAD", folder, env).strip()
+
+    def attempt(code: str) -> str:
+        train_py.write_text(train_py.read_text() + code)
+        do("git commit")
+        return head()
+
+    def pretend(bpb: str) -> None:
+        (folder / "run.log").write_text(train.summary(example() | {"val_bpb": bpb, "peak_vram_mb": "2048.0"}) + "\n")
+
+    # Setup
+    output = do("git checkout -b")
+    assert "ready: demo-" in output and re.search(r"^ +master|main|autoresearch/\d{4}-\d\d-\d\d", output, re.MULTILINE)
+    assert results.read_text() == HEADER and not shell("git status --short", folder, env)
+    shell(f"echo kept >> {results}; " + re.search(r"^\[ -s results.tsv.*$", PROGRAM, re.M)[0], folder, env)
+    assert results.read_text() == HEADER + "kept\n"  # an earlier session's rows survive
+    results.write_text(HEADER)
+
+    # A baseline, for real
+    baseline, original = head(), train_py.read_text()
+    assert "exit 0" in do("uv run train.py")
+    assert do("grep -A").startswith("val_bpb:")
+    printed = dict(re.findall(r"^(\w+): +(.+)$", (folder / "run.log").read_text().split("\n---\n")[1], re.MULTILINE))
+    assert list(printed) == list(example())
+    do("printf '%s\\t", "status=keep text=baseline")
+    commit, bpb, memory, status, text = results.read_text().splitlines()[1].split("\t")
+    assert (commit, bpb, status, text) == (baseline, printed["val_bpb"], "keep", "baseline")
+    assert re.fullmatch(r"\d+\.\d", memory)
+    do("tried/$(git")  # restoring a kept commit changes nothing
+    assert head() == baseline and not shell("git tag", folder, env)
+
+    # Worse: discarded, its code stays readable, other people's edits stay where they are
+    (folder / "README.md").write_text("an edit of a human")
+    worse = attempt("# worse\n")
+    pretend("8.000000")
+    do("printf '%s\\t")
+    assert results.read_text().splitlines()[-1] == f"{worse}\t8.000000\t2.0\tdiscard\twhat was tried"
+    *_, last = block("tried/$(git").splitlines()
+    checkout, reset = last.split(" && ")
+    shell(f"kept={baseline}; {checkout}", folder, env)  # killed in the middle of the restore...
+    do("tried/$(git")  # ...and resumed
+    do("tried/$(git")
+    assert head() == baseline and train_py.read_text() == original
+    assert shell("git status --short", folder, env) == " M README.md\n"
+    assert shell(f"git show tried/{worse}:train.py", folder, env) == original + "# worse\n"
+
+    # A crash: fixed once with --amend, still broken, a row with empty cells
+    train_py.write_text("raise RuntimeError('too wide')\n")
+    first = attempt("")
+    train_py.write_text("raise RuntimeError('still too wide')\n")
+    shell(inline("git commit -q --amend"), folder, env)
+    crashed = head()
+    assert crashed != first
+    assert "exit 1" in do("uv run train.py")
+    assert "RuntimeError: still too wide" in do("grep -A")
+    do("printf '%s\\t", "status=crash text='too wide'")
+    pretend("0.400000")  # a run that breaks after its summary is a crash too
+    do("printf '%s\\t", "status=crash text='too wide'")
+    assert results.read_text().splitlines()[-2:] == [f"{crashed}\t\t\tcrash\ttoo wide"] * 2
+    do("tried/$(git")
+    assert head() == baseline and train_py.read_text() == original
+
+    # Killed during an edit: dropped. Then a win, which stays
+    train_py.write_text("half an ed")
+    shell(inline("git checkout HEAD"), folder, env)
+    assert train_py.read_text() == original
+    better = attempt("# better\n")
+    pretend("0.500000")
+    do("printf '%s\\t", "status=keep text=better")
+    worse = attempt("# worse again\n")
+    pretend("0.900000")
+    do("printf '%s\\t")
+    do("tried/$(git")
+    assert head() == better and train_py.read_text() == original + "# better\n"
+
+    # What the human finds in the morning: kept commits in the log, every run in the table, nothing of it committed
+    assert len(shell("git log --format=%h", folder, env).splitlines()) == 2
+    assert [row.split("\t")[3] for row in results.read_text().splitlines()[1:]] == [
+        "keep", "discard", "crash", "crash", "keep", "discard"]
+    assert shell("git status --short", folder, env) == " M README.md\n"
+    assert used == set(blocks(PROGRAM)), "a block of program.md is not part of this session"
