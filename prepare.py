@@ -3,17 +3,17 @@ What is fixed: the contract, the data, the tokenizer, the loader, the metric and
 
     uv run prepare.py [--contract NAME] [--num-shards N] [--download-workers W]
 
-Makes everything that `train.py` needs in the cache (~/.cache/autoresearch, moved by AUTORESEARCH_CACHE) and nothing
-else; running it again repairs what is broken and repeats nothing. `evaluate_bpb` appends one line per finished run to
-runs.jsonl in the working directory. Nobody edits this file during research: whatever is changed here makes runs
-incomparable, and the contract's fingerprint or the file's hash in runs.jsonl shows it.
+Makes everything that `train.py` needs in the cache (~/.cache/autoresearch, moved by AUTORESEARCH_CACHE); running it
+again repairs what is broken and repeats nothing. `evaluate_bpb` appends one line per scored run to runs.jsonl in the
+working directory. Nobody edits this file during research: that makes runs incomparable, and the contract's fingerprint
+or the file's hash in runs.jsonl shows it.
 """
 
 import argparse
 import ast
+import atexit
 import base64
 import bisect
-import collections
 import contextlib
 import dataclasses
 import datetime
@@ -23,7 +23,6 @@ import functools
 import gc
 import hashlib
 import importlib.util
-import io
 import itertools
 import json
 import math
@@ -40,7 +39,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 import filelock  # torch brings it
@@ -57,18 +55,20 @@ from urllib3.util import Retry
 # ----------------------------------------------------------------------------------------------------------------------
 # Contract: what makes two runs comparable
 
+Part = tuple[str, int, int | None]  # of a parquet file: its name, first row, past the last row
+
 
 @dataclasses.dataclass(frozen=True)
 class Contract:
-    """Everything that would make two val_bpb incomparable. A part of a file is (name, first row, past the last row)."""
+    """Everything that would make two val_bpb incomparable."""
 
     name: str
     dataset: str  # Hugging Face dataset, or DOCSTRINGS
     train_file: str  # parquet with a string column `text`; the shard number goes into the braces
     train_files: int  # how many of them exist
     train_rows: tuple[int, int | None]  # of each train file
-    val: tuple[str, int, int | None]
-    test: tuple[str, int, int | None]
+    val: Part
+    test: Part
     vocab_size: int  # tokens, the reserved ones included
     max_seq_len: int  # tokens of context
     time_budget: float  # seconds of training
@@ -76,56 +76,32 @@ class Contract:
     tokenizer_chars: int = 10**9  # characters the tokenizer is trained on, in shard order...
     tokenizer_doc_chars: int = 10_000  # ...of which at most so many of each document
 
-    def train(self, shards: int) -> list[tuple[str, int, int | None]]:
+    def train(self, shards: int) -> list[Part]:
         return [(self.train_file.format(i), *self.train_rows) for i in range(min(shards, self.train_files))]
 
 
 DOCSTRINGS = "docstrings of the installed packages"
 CONTRACTS = {
     "climbmix": Contract(
-        name="climbmix",
-        dataset="karpathy/climbmix-400b-shuffle",
-        train_file="shard_{:05d}.parquet",
-        train_files=6541,
-        train_rows=(0, None),
-        val=("shard_06542.parquet", 0, None),
-        test=("shard_06541.parquet", 0, None),
-        vocab_size=8192,
-        max_seq_len=2048,
-        time_budget=300,
-        eval_tokens=40 * 2**19,
+        name="climbmix", dataset="karpathy/climbmix-400b-shuffle",
+        train_file="shard_{:05d}.parquet", train_files=6541, train_rows=(0, None),
+        val=("shard_06542.parquet", 0, None), test=("shard_06541.parquet", 0, None),
+        vocab_size=8192, max_seq_len=2048, time_budget=300, eval_tokens=40 * 2**19,
     ),
     "tinystories": Contract(
-        name="tinystories",
-        dataset="karpathy/tinystories-gpt4-clean",
-        train_file="tinystories_gpt4_clean.parquet",
-        train_files=1,
-        train_rows=(20_000, None),
-        val=("tinystories_gpt4_clean.parquet", 10_000, 20_000),
-        test=("tinystories_gpt4_clean.parquet", 0, 10_000),
-        vocab_size=4096,
-        max_seq_len=512,
-        time_budget=300,
-        eval_tokens=4 * 2**19,
+        name="tinystories", dataset="karpathy/tinystories-gpt4-clean",
+        train_file="tinystories_gpt4_clean.parquet", train_files=1, train_rows=(20_000, None),
+        val=("tinystories_gpt4_clean.parquet", 10_000, 20_000), test=("tinystories_gpt4_clean.parquet", 0, 10_000),
+        vocab_size=4096, max_seq_len=512, time_budget=300, eval_tokens=4 * 2**19,
     ),
     "demo": Contract(
-        name="demo",
-        dataset=DOCSTRINGS,
-        train_file="train.parquet",
-        train_files=1,
-        train_rows=(0, None),
-        val=("val.parquet", 0, None),
-        test=("test.parquet", 0, None),
-        vocab_size=1024,
-        max_seq_len=256,
-        time_budget=60,
-        eval_tokens=2**17,
+        name="demo", dataset=DOCSTRINGS,
+        train_file="train.parquet", train_files=1, train_rows=(0, None),
+        val=("val.parquet", 0, None), test=("test.parquet", 0, None),
+        vocab_size=1024, max_seq_len=256, time_budget=60, eval_tokens=2**17,
     ),
 }
 DEFAULT_SHARDS = 10  # training shards; five minutes on one H100 read about half of them
-
-
-Result = TypeVar("Result")
 
 
 class Failure(Exception):
@@ -144,8 +120,7 @@ def _contract_named(name: str, source: str) -> Contract:
     if name not in CONTRACTS:
         raise Failure(f"{source} names no contract: {name!r}. Use one of: {', '.join(CONTRACTS)}.")
     contract = CONTRACTS[name]
-    seconds = os.environ.get("AUTORESEARCH_TIME_BUDGET")
-    if seconds:
+    if seconds := os.environ.get("AUTORESEARCH_TIME_BUDGET"):
         try:
             budget = float(seconds)
         except ValueError:
@@ -211,10 +186,7 @@ class Manifest:
 
 
 def fingerprint(contract: Contract | None = None) -> str:
-    """Name and 8 hex digits of SHA-256 over the contract's fields, the tokenizer and the packed validation rows.
-
-    Two runs compare only if it is equal.
-    """
+    """Contract's name and 8 hex digits of SHA-256 over its fields, the tokenizer and the packed validation rows."""
     contract = contract or active_contract()[0]
     data = Manifest(contract).data
     if "val" not in data:
@@ -227,18 +199,20 @@ def fingerprint(contract: Contract | None = None) -> str:
 # Files and progress
 
 
-def _temporary(path: Path, suffix: str = ".tmp") -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a whole file or none of it."""
-    temporary = _temporary(path)
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write to; at the end of the block the file gets its real one, or is removed after an error."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_bytes(data)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with _replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def _sha256(path: Path) -> str:
@@ -279,22 +253,20 @@ class Progress:
     def add(self, amount: float) -> None:
         with self.lock:
             self.done += amount
-            if time.monotonic() >= self.due:
-                self.due = time.monotonic() + (0.2 if self.live else 10)
-                line = f"\r{self._line()}\x1b[K" if self.live else f"{self._line()}\n"
-                print(line, end="", flush=True)
-
-    def _line(self) -> str:
-        seconds = time.monotonic() - self.start
-        rate = self.done / max(seconds, 1e-9)
-        left = f", {max(self.total - self.done, 0) / rate:.0f} s left" if 0 < self.done < self.total else ""
-        total = f"/{self.total:,.0f}" if self.total else ""
-        return f"{self.label}: {self.note}{self.done:,.0f}{total} {self.unit}, {rate:,.1f} {self.unit}/s{left}"
+            now = time.monotonic()
+            if now >= self.due:
+                self.due = now + (0.2 if self.live else 10)
+                rate = self.done / max(now - self.start, 1e-9)
+                total = f"/{self.total:,.0f}" if self.total else ""
+                left = f", {max(self.total - self.done, 0) / rate:.0f} s left" if 0 < self.done < self.total else ""
+                self._print(f"{self.done:,.0f}{total} {self.unit}, {rate:,.1f} {self.unit}/s{left}", not self.live)
 
     def close(self) -> None:
-        seconds = time.monotonic() - self.start
-        line = f"{self.label}: {self.note}{self.done:,.0f} {self.unit} in {seconds:.1f} s"
-        print(f"\r{line}\x1b[K" if self.live else line, flush=True)
+        self._print(f"{self.done:,.0f} {self.unit} in {time.monotonic() - self.start:.1f} s", True)
+
+    def _print(self, text: str, newline: bool) -> None:
+        line = f"{self.label}: {self.note}{text}"
+        print(f"\r{line}\x1b[K" if self.live else line, end="\n" if newline else "", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -310,16 +282,16 @@ MIN_DOCSTRING = 200  # characters
 
 def _get_files(contract: Contract, names: list[str], manifest: Manifest, workers: int) -> None:
     """Have every named parquet file in the cache, checked; raises Failure that names each missing file and why."""
-    folder, records = manifest.folder / "parquet", manifest.data["files"]
+    folder, missing = manifest.folder / "parquet", []
     folder.mkdir(parents=True, exist_ok=True)
-    missing = []
     for name in names:
-        problem = _parquet_problem(folder / name, records.get(name))
+        record = manifest.data["files"].get(name)
+        problem = _parquet_problem(folder / name, record)
         if not problem and not _is_tokenized(manifest, name):  # it will be read, so every byte of it matters
             digest = _sha256(folder / name)
-            if name not in records:  # put there by hand, or by a run that was killed before it could note it
+            if not record:  # put there by hand, or by a run that was killed before it could note it
                 _record(manifest, name, digest)
-            elif digest != records[name]["sha256"]:
+            elif digest != record["sha256"]:
                 problem = "its SHA-256 is not what it was when first seen"
         if problem:
             missing.append(name)
@@ -355,6 +327,9 @@ def _download_all(contract: Contract, names: list[str], manifest: Manifest, work
     stop, problems = threading.Event(), {}
     print(f"{len(names)} files to get from {urlsplit(url).netloc}", flush=True)
     with requests.Session() as session:
+        session.headers["Accept-Encoding"] = "identity"
+        if token := os.environ.get("HF_TOKEN"):  # requests drops it when it follows a redirect to another host or port
+            session.headers["Authorization"] = f"Bearer {token}"
         for scheme in ("http://", "https://"):
             session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry, pool_maxsize=workers))
         size = _remote_bytes(session, url + names[0])
@@ -372,27 +347,22 @@ def _download_all(contract: Contract, names: list[str], manifest: Manifest, work
                     try:
                         _record(manifest, name, job.result())
                         progress.note = f"{count}/{len(jobs)} files, "
-                    except (Failure, OSError) as error:
-                        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+                    except Failure as error:
+                        problems[name] = str(error)
+                    except OSError as error:  # the host or the disk: the other files would meet it too
+                        full = error.errno == errno.ENOSPC
                         problems[name] = f"disk full while writing to {folder}" if full else str(error)
-                        if not isinstance(error, Failure):  # the host or the disk: the other files would meet it too
-                            stop.set()
+                        stop.set()
             finally:
                 stop.set()  # Ctrl-C: let the threads end
         progress.close()
     return problems
 
 
-def _headers(**extra: str) -> dict[str, str]:
-    """Of a request to the hub; requests drops the token when it follows a redirect to another host or port."""
-    token = os.environ.get("HF_TOKEN")
-    return {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {}) | extra
-
-
 def _remote_bytes(session: requests.Session, url: str) -> int:
     """Size of a file as the server declares it; 0 where it does not say."""
     try:
-        response = session.head(url, headers=_headers(), timeout=TIMEOUT, allow_redirects=False)
+        response = session.head(url, timeout=TIMEOUT, allow_redirects=False)
     except requests.ConnectionError as error:
         raise Failure(f"cannot reach {urlsplit(url).netloc} ({_cause(error)}); nothing was downloaded.\n"
                       "No network? `uv run prepare.py --contract demo` needs none.") from error
@@ -405,25 +375,24 @@ def _remote_bytes(session: requests.Session, url: str) -> int:
 def _download(session: requests.Session, url: str, path: Path, progress: Progress, stop: threading.Event) -> str:
     """Fetch a parquet file and return its SHA-256. Raises Failure, or OSError for a host or a disk that fails.
 
-    The body goes to a temporary name beside `path`, goes on by Range after a break (of a killed process too), and is
-    renamed only once it has its declared length, its declared SHA-256 (X-Linked-ETag) and a readable footer.
+    The body goes to a temporary name beside `path`, goes on by Range after a break, and is renamed only once it has its
+    declared length, its declared SHA-256 (X-Linked-ETag) and a readable footer.
     """
-    *stale, part = sorted(path.parent.glob(f"{path.name}.*.part"), key=lambda p: p.stat().st_size) or [
-        _temporary(path, ".part")]
+    left = sorted(path.parent.glob(f"{path.name}.*.part"), key=lambda p: p.stat().st_size)  # by killed processes
+    *stale, part = left or [path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")]
     for shorter in stale:
         shorter.unlink()
-    why = ""
+    host, why = urlsplit(url).netloc, ""
     for attempt in range(ATTEMPTS):
         if stop.wait(BACKOFF * 2**attempt if attempt else 0):
             raise Failure("not tried to the end, because the host or the disk failed for another file")
         got = part.stat().st_size if part.exists() else 0
         try:
-            response = session.get(url, headers=_headers(**{"Range": f"bytes={got}-"} if got else {}), stream=True,
-                                   timeout=TIMEOUT)
+            response = session.get(url, headers={"Range": f"bytes={got}-"} if got else {}, stream=True, timeout=TIMEOUT)
         except requests.ConnectionError as error:
-            raise OSError(f"cannot reach {urlsplit(url).netloc} ({_cause(error)})") from error
+            raise OSError(f"cannot reach {host} ({_cause(error)})") from error
         except requests.RequestException as error:
-            raise Failure(f"{urlsplit(url).netloc}: {_cause(error)}") from error
+            raise Failure(f"{host}: {_cause(error)}") from error
         with response:
             resumed = response.headers.get("Content-Range", "").startswith(f"bytes {got}-")
             if response.status_code == 416 or (response.status_code == 206 and not resumed):
@@ -478,28 +447,24 @@ def _cause(error: BaseException) -> str:
 
 def _write_docstrings(folder: Path) -> None:
     """Write train, val and test.parquet from the docstrings of PACKAGES, shuffled and split by stable hashes."""
-    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    seen: set[str] = set()
     roots = [Path(importlib.util.find_spec(package).origin).parent for package in PACKAGES]
     paths = [(root, path) for root in roots for path in sorted(root.rglob("*.py"))
              if not {"tests", "testing"} & set(path.relative_to(root).parts)]
-    progress = Progress("docstrings", len(paths), "modules")
+    progress, split_of = Progress("docstrings", len(paths), "modules"), {}
     gc.disable()  # halves the time: the parser's nodes make no cycles
     for root, path in paths:
         progress.add(1)
         digest = hashlib.sha256(path.relative_to(root.parent).as_posix().encode()).digest()
         split = {0: "val", 1: "test"}.get(digest[0] % 10, "train")
         for text in _docstrings(path):
-            if text not in seen:
-                seen.add(text)
-                splits[split].append(text)
+            split_of.setdefault(text, split)
     gc.enable()
     progress.close()
-    for split, texts in splits.items():
+    for split in ("train", "val", "test"):
+        texts = [text for text in split_of if split_of[text] == split]
         texts.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
-        temporary = _temporary(folder / f"{split}.parquet")
-        pq.write_table(pa.table({"text": texts}), temporary)
-        os.replace(temporary, folder / f"{split}.parquet")
+        with _replacing(folder / f"{split}.parquet") as temporary:
+            pq.write_table(pa.table({"text": texts}), temporary)
 
 
 def _docstrings(path: Path) -> Iterator[str]:
@@ -536,10 +501,9 @@ class Tokenizer:
 
     def __init__(self, ranks: dict[bytes, int]):
         specials = {f"<|reserved_{i}|>": len(ranks) + i for i in range(SPECIALS)}
-        self.encoding = tiktoken.Encoding(
-            "autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials
-        )
-        self.bos = len(ranks)
+        self.encoding = tiktoken.Encoding("autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
+                                          special_tokens=specials)
+        self.tokens, self.bos = sorted(ranks, key=ranks.get), len(ranks)  # raw bytes, in order of their numbers
 
     @classmethod
     def load(cls, contract: Contract | None = None) -> "Tokenizer":
@@ -569,13 +533,11 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """Bytes that each token stands for, int64 (V,), from its raw bytes; 0 for the reserved ones."""
-        raw = [len(self.encoding.decode_single_token_bytes(token)) for token in range(self.bos)]
-        return np.array(raw + [0] * SPECIALS, dtype=np.int64)
+        return np.array([*map(len, self.tokens), *[0] * SPECIALS], dtype=np.int64)
 
     def digest(self) -> str:
         """SHA-256 over the pattern and every token's bytes, in order."""
-        tokens = (self.encoding.decode_single_token_bytes(token).hex() for token in range(self.bos))
-        return hashlib.sha256("\n".join([SPLIT_PATTERN, *tokens]).encode()).hexdigest()
+        return hashlib.sha256("\n".join([SPLIT_PATTERN, *map(bytes.hex, self.tokens)]).encode()).hexdigest()
 
 
 def _read_texts(manifest: Manifest, name: str) -> Iterator[list[str | None]]:
@@ -586,13 +548,13 @@ def _read_texts(manifest: Manifest, name: str) -> Iterator[list[str | None]]:
             for batch in file.iter_batches(batch_size=128, columns=["text"]):
                 yield batch.column(0).to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
-        os.replace(path, path.with_suffix(".bad"))
+        aside = path.replace(path.with_suffix(".bad"))
         manifest.update(files={other: record for other, record in manifest.data["files"].items() if other != name})
-        raise Failure(f"{path} breaks off while being read ({error}); set aside as {path.with_suffix('.bad').name}. "
+        raise Failure(f"{path} breaks off while being read ({error}); set aside as {aside.name}. "
                       "Run the same command again to get it anew.") from error
 
 
-def _train_tokenizer(contract: Contract, parts: list[tuple[str, int, int | None]], manifest: Manifest) -> Tokenizer:
+def _train_tokenizer(contract: Contract, parts: list[Part], manifest: Manifest) -> Tokenizer:
     """Train on the first `tokenizer_chars` characters of the training text; writes tokenizer.tiktoken."""
     progress = Progress("tokenizer", contract.tokenizer_chars / 1e6, "MB of text")
     chars = 0
@@ -612,9 +574,8 @@ def _train_tokenizer(contract: Contract, parts: list[tuple[str, int, int | None]
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(texts(), contract.vocab_size - SPECIALS, pattern=SPLIT_PATTERN)
     progress.close()
-    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    tokenizer = Tokenizer(ranks)
-    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda r: r[1]))
+    tokenizer = Tokenizer({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
+    lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokenizer.tokens))
     _write(manifest.folder / "tokenizer.tiktoken", b"".join(lines))
     manifest.update(tokenizer=tokenizer.digest(), tokenizer_chars=chars)
     return tokenizer
@@ -622,6 +583,8 @@ def _train_tokenizer(contract: Contract, parts: list[tuple[str, int, int | None]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens on disk, and packing
+
+REFILL = 128  # documents read at once
 
 
 def _is_tokenized(manifest: Manifest, name: str) -> bool:
@@ -636,41 +599,34 @@ def _tokenize(tokenizer: Tokenizer, name: str, manifest: Manifest) -> None:
     """Encode a parquet file on all cores to NAME.tokens (uint16) and NAME.offsets (int64, documents + 1), once."""
     if _is_tokenized(manifest, name):
         return
-    tokens, offsets = manifest.derived(f"{name}.tokens"), manifest.derived(f"{name}.offsets")
+    tokens, cores, lengths, pending = manifest.derived(f"{name}.tokens"), os.cpu_count() or 1, [0], []
     tokens.parent.mkdir(exist_ok=True)
     metadata = pq.read_metadata(manifest.parquet(name))
     size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     progress = Progress(f"tokenize {name}", size / 1e6, "MB")
-    lengths, temporary, cores = [], _temporary(tokens), os.cpu_count() or 1
-    pending: collections.deque = collections.deque()
-    try:
-        with open(temporary, "wb") as file, ThreadPoolExecutor(cores) as pool:  # tiktoken lets go of the GIL
+    with _replacing(tokens) as temporary, open(temporary, "wb") as file, ThreadPoolExecutor(cores) as pool:
 
-            def write() -> None:
-                documents = pending.popleft().result()
-                file.write(np.concatenate(documents).tobytes())
-                lengths.extend(map(len, documents))
+        def write() -> None:
+            documents = pending.pop(0).result()
+            file.write(np.concatenate(documents).tobytes())
+            lengths.extend(map(len, documents))
 
-            for texts in _read_texts(manifest, name):
-                pending.append(pool.submit(tokenizer.documents, texts))
-                progress.add(sum(len(text or "") for text in texts) / 1e6)
-                while len(pending) > 3 * cores:
-                    write()
-            while pending:
+        for texts in _read_texts(manifest, name):
+            pending.append(pool.submit(tokenizer.documents, texts))  # tiktoken lets go of the GIL
+            progress.add(sum(len(text or "") for text in texts) / 1e6)
+            if len(pending) > 3 * cores:
                 write()
-        os.replace(temporary, tokens)
-        buffer = io.BytesIO()
-        np.save(buffer, np.cumsum([0, *lengths], dtype=np.int64))
-        _write(offsets, buffer.getvalue())
-    finally:
-        temporary.unlink(missing_ok=True)
+        while pending:
+            write()
+    with _replacing(manifest.derived(f"{name}.offsets")) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.cumsum(lengths, dtype=np.int64))
     progress.close()
 
 
 class Documents:
     """The tokenized documents of a split in dataset order, memory-mapped: once, or pass after pass `forever`."""
 
-    def __init__(self, manifest: Manifest, parts: list[tuple[str, int, int | None]], forever: bool = False):
+    def __init__(self, manifest: Manifest, parts: list[Part], forever: bool = False):
         self.forever, self.epoch = forever, 0  # the epoch counts passes begun
         self.parts = []
         for name, start, stop in parts:
@@ -688,9 +644,6 @@ class Documents:
             for tokens, offsets in self.parts:
                 for start, stop in itertools.pairwise(offsets):
                     yield tokens[start:stop]
-
-
-REFILL = 128  # documents read at once
 
 
 def pack_rows(documents: Iterable[np.ndarray], length: int, buffer_size: int = 1000) -> Iterator[np.ndarray]:
@@ -730,23 +683,19 @@ def _pack_exam(contract: Contract, split: str, manifest: Manifest) -> None:
     if path.exists() and _sha256(path) == manifest.data.get(split):
         return
     progress = Progress(f"pack {split}", count, "rows")
-    part = contract.val if split == "val" else contract.test
-    rows: list[np.ndarray] = []
-    while len(rows) < count:
-        once = len(rows)
-        for row in itertools.islice(pack_rows(Documents(manifest, [part]), contract.max_seq_len + 1), count - once):
-            rows.append(row)
-            progress.add(1)
-        if len(rows) == once:
-            raise Failure(f"the {split} text of {contract.name} is too short to fill one row of "
-                          f"{contract.max_seq_len + 1} tokens")
-        if not once and len(rows) < count:
-            print(f"note: the {split} text fills {len(rows):,} of {count:,} rows; they repeat")
-    buffer = io.BytesIO()
-    np.save(buffer, np.stack(rows))
-    _write(path, buffer.getvalue())
+    length, rows = contract.max_seq_len + 1, []
+    for row in itertools.islice(pack_rows(Documents(manifest, [getattr(contract, split)]), length), count):
+        rows.append(row)
+        progress.add(1)
+    if not rows:
+        raise Failure(f"the {split} text of {contract.name} is too short to fill one row of {length} tokens")
+    if len(rows) < count:
+        print(f"note: the {split} text fills {len(rows):,} of {count:,} rows; they repeat")
+        progress.add(count - len(rows))
+    with _replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.resize(np.stack(rows), (count, length)))
     progress.close()
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    digest = _sha256(path)
     if manifest.data.get(split, digest) != digest:
         print(f"note: the {split} rows are not those of before; the fingerprint says so")
     manifest.update(**{split: digest})
@@ -806,42 +755,37 @@ def _locked(folder: Path) -> Iterator[None]:
 # Loader
 
 
-class Loader:
+class Loader(Iterator):
     """What make_dataloader returns: an iterator with `close()`. A daemon thread packs PREFETCH batches ahead."""
 
     PREFETCH = 4
 
     def __init__(self, documents: Documents, B: int, T: int, buffer_size: int, device: torch.device, counted: bool):
-        self.documents, self.B, self.T, self.buffer_size = documents, B, T, buffer_size
-        self.device, self.counted, self.closed = device, counted, False
-        cuda = device.type == "cuda"
-        self.free: queue.Queue = queue.Queue()
-        self.ready: queue.Queue = queue.Queue()
+        self.documents, self.device, self.counted, self.closed = documents, device, counted, False
+        self.free, self.ready, cuda = queue.Queue(), queue.Queue(), device.type == "cuda"
         for _ in range(self.PREFETCH):  # a host buffer, and the event after the last copy from it
             host = torch.empty(B, T + 1, dtype=torch.int32, pin_memory=cuda)
             self.free.put((host, torch.cuda.Event() if cuda else None))
-        self.thread = threading.Thread(target=self._fill, daemon=True, name="loader")
+        rows = pack_rows(documents, T + 1, buffer_size)
+        self.thread = threading.Thread(target=self._fill, args=(rows,), daemon=True, name="loader")
         self.thread.start()
+        atexit.register(self.close)  # a thread that still packs while the interpreter goes down can abort the process
 
-    def _fill(self) -> None:
+    def _fill(self, rows: Iterator[np.ndarray]) -> None:
         try:
-            rows = pack_rows(self.documents, self.T + 1, self.buffer_size)
             while True:
                 host, copied = self.free.get()
                 if self.closed:
                     return
                 if copied:
                     copied.synchronize()
-                batch = list(itertools.islice(rows, self.B))
-                if len(batch) < self.B:
+                batch = list(itertools.islice(rows, len(host)))
+                if len(batch) < len(host):
                     raise StopIteration
                 np.stack(batch, out=host.numpy(), casting="unsafe")
                 self.ready.put((host, copied, self.documents.epoch))
         except BaseException as error:  # also StopIteration: the consumer's thread raises it
             self.ready.put(error)
-
-    def __iter__(self) -> "Loader":
-        return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor, int]:
         if self.counted:
@@ -865,13 +809,13 @@ class Loader:
         self.closed = True
         self.free.put((None, None))
         self.thread.join()
+        atexit.unregister(self.close)
         if self.counted:
             faulthandler.cancel_dump_traceback_later()
 
 
-def make_dataloader(
-    tokenizer: Tokenizer, B: int, T: int, split: str, buffer_size: int = 1000, device: str | torch.device | None = None
-) -> Loader:
+def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, buffer_size: int = 1000,
+                    device: str | torch.device | None = None) -> Loader:
     """Yield (x, y, epoch): int64 (B, T) on the device, y is x one token on; epoch is the pass being read, from 1.
 
     Rows are those of `pack_rows` over the split's documents, in an order that does not depend on B: for ever for
@@ -901,8 +845,8 @@ def default_device() -> torch.device:
 # Largest change of a log-probability at a position whose past did not change, as a share of the largest one (within 1
 # to 30 nats). Measured on honest models: train.py's move by exactly 0 on CPU, float32 and bfloat16 (6 models, 3 batch
 # sizes each), and pass at 1e-4 on an H200; a causal convolution by FFT, whose rounding does come from later tokens, by
-# 5e-7 in float32 and 3e-3 under bfloat16 autocast (4 models; on an H200 0.015: refused there, keep it in float32). On models trained with a leak: 0.006 where it gained about 0.0005
-# bpb (n=2), 0.02 where it gained 0.0018 (n=1).
+# 5e-7 in float32 and 3e-3 under bfloat16 autocast (4 models; on an H200 0.015: refused there, keep it in float32). On
+# models trained with a leak: 0.006 where it gained about 0.0005 bpb (n=2), 0.02 where it gained 0.0018 (n=1).
 PROBE_TOLERANCE = 1e-2
 
 
@@ -911,10 +855,9 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     """Return bits per byte: the sum of -ln p over the exam's targets / (ln 2 * the bytes those targets stand for).
 
     `model(x)` maps int64 (B, T) to logits (B, T, V); whatever loss it defines is not used. Reserved tokens are in
-    neither sum, so bpb does not depend on the vocabulary. All eval_tokens targets are scored for every batch size, in
-    rows that prepare packed once: `batch_size` changes speed and memory only, and is halved where it does not fit.
-    Log-softmax in float32, sums in float64 on the host. Appends a line to runs.jsonl. Raises ExamError for a model
-    that `check_model` refuses, for an exam file or a tokenizer that is not the contract's.
+    neither sum, so bpb does not depend on the vocabulary. All eval_tokens targets are scored whatever the batch size,
+    which is halved where it does not fit. Log-softmax in float32, sums in float64 on the host. Appends a line to
+    runs.jsonl. Raises ExamError for what `check_model` refuses, an exam file or a tokenizer not the contract's.
     """
     contract, split = active_contract()[0], active_split()
     manifest = Manifest(contract)
@@ -925,23 +868,29 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
         raise ExamError(f"{path} is not the exam that was packed (its SHA-256 differs); run: uv run prepare.py")
     rows, token_bytes = np.load(path, mmap_mode="r"), torch.from_numpy(tokenizer.token_bytes())
 
+    def nll_of(batch: torch.Tensor) -> torch.Tensor:
+        """-ln p of each target, float32 (B, T) on the host, for a batch (B, T + 1)."""
+        logits = _logits(model, batch[:, :-1], len(token_bytes))
+        targets = batch[:, 1:].to(logits.device)
+        nll = [F.cross_entropy(row.float(), target, reduction="none") for row, target in zip(logits, targets)]
+        return torch.stack(nll).cpu()
+
     def score(batch_size: int) -> float:
         check_model(model, batch_size)
         nats, count, first = 0.0, 0, None
         for start in range(0, len(rows), batch_size):
-            batch, real = _batch(rows, start, batch_size)
-            nll = _nll(model, batch, tokenizer.get_vocab_size())
+            batch = _batch(rows, start, batch_size)
+            nll = nll_of(batch)
             first = nll if first is None else first
             weights = token_bytes[batch[:, 1:]]
-            weights[real:] = 0
+            weights[len(rows) - start :] = 0  # what fills up the last batch
             nats += nll.double()[weights > 0].sum().item()
             count += weights.sum().item()
-        again = _nll(model, _batch(rows, 0, batch_size)[0], tokenizer.get_vocab_size())
+        again = nll_of(_batch(rows, 0, batch_size))
         _refuse_if_moved(first, again, "has memory: the first batch, scored again at the end, gives another loss")
         return nats / (math.log(2) * count)
 
-    with _evaluating(model):
-        bpb = _halve_until_it_fits(score, batch_size)
+    bpb = _examine(model, score, batch_size)
     _RUN.write_evidence(contract, split, bpb, _device_of(model))
     return bpb
 
@@ -959,38 +908,40 @@ def check_model(model: Callable, batch_size: int) -> None:
     vocab_size = Tokenizer.load(contract).get_vocab_size()
 
     def probe(batch_size: int) -> None:
-        x = _batch(rows, 0, batch_size)[0][:, :-1]
+        x = _batch(rows, 0, batch_size)[:, :-1]
         B, T = x.shape
         others = (x + torch.randint(1, vocab_size, x.shape, generator=torch.Generator().manual_seed(0))) % vocab_size
         cuts = {0, 1, 2, T // 16, T // 8 + 1, T // 4, T // 2 - 1, T // 2, 3 * T // 4 + 1, T - 2}
-        cuts = sorted(cut for cut in cuts if 0 <= cut < T - 1)
+        cuts = sorted(cuts & set(range(T - 1)))
         keep = min(B, len(cuts))
-        base = _log_probs(model, x, vocab_size, keep)
-        for before, after in zip(base, _log_probs(model, x, vocab_size, keep)):
+
+        def log_probs(x: torch.Tensor) -> list[torch.Tensor]:
+            """(T, V) of the first rows. Not logits: a constant or a masked token among those dwarfs a leak."""
+            return [F.log_softmax(row.float(), dim=-1) for row in _logits(model, x, vocab_size)[:keep]]
+
+        base = log_probs(x)
+        for before, after in zip(base, log_probs(x)):
             _refuse_if_moved(before, after, "has memory: the same batch, given twice, gives other logits")
         for row in {0, keep - 1} if B > 1 else ():
             changed = others.clone()
             changed[row] = x[row]
-            moved = _log_probs(model, changed, vocab_size, keep)[row]
+            moved = log_probs(changed)[row]
             _refuse_if_moved(base[row], moved, f"mixes rows: other rows of the batch change the logits of row {row}")
         for start in range(0, len(cuts), keep):
-            changed = x.clone()
-            for row, cut in enumerate(cuts[start : start + keep]):
+            changed, group = x.clone(), list(enumerate(cuts[start : start + keep]))  # a cut per row
+            for row, cut in group:
                 changed[row, cut + 1 :] = others[row, cut + 1 :]
-            moved = _log_probs(model, changed, vocab_size, keep)
-            for row, cut in enumerate(cuts[start : start + keep]):
+            moved = log_probs(changed)
+            for row, cut in group:
                 what = f"sees the future: tokens after position {cut} change the logits up to it"
                 _refuse_if_moved(base[row][: cut + 1], moved[row][: cut + 1], what)
 
-    with _evaluating(model):
-        _halve_until_it_fits(probe, batch_size)
+    _examine(model, probe, batch_size)
 
 
-def _batch(rows: np.ndarray, start: int, size: int) -> tuple[torch.Tensor, int]:
-    """Exam rows from `start`, int64 (size, T + 1) on the host, filled up with row 0; and how many are real."""
-    batch = rows[start : start + size]
-    padding = np.repeat(rows[:1], size - len(batch), axis=0)
-    return torch.from_numpy(np.concatenate([batch, padding]).astype(np.int64)), len(batch)
+def _batch(rows: np.ndarray, start: int, size: int) -> torch.Tensor:
+    """Exam rows from `start`, int64 (size, T + 1) on the host; past the last one it goes on with the first."""
+    return torch.from_numpy(rows.take(range(start, start + size), axis=0, mode="wrap").astype(np.int64))
 
 
 def _logits(model: Callable, x: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -1004,19 +955,6 @@ def _logits(model: Callable, x: torch.Tensor, vocab_size: int) -> torch.Tensor:
     return logits
 
 
-def _log_probs(model: Callable, x: torch.Tensor, vocab_size: int, keep: int) -> list[torch.Tensor]:
-    """Of the first `keep` rows, (T, V) each. Not logits: a constant or a masked token among those dwarfs a leak."""
-    return [F.log_softmax(row.float(), dim=-1) for row in _logits(model, x, vocab_size)[:keep]]
-
-
-def _nll(model: Callable, batch: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """-ln p of each target, float32 (B, T) on the host, for a batch (B, T + 1)."""
-    logits = _logits(model, batch[:, :-1], vocab_size)
-    targets = batch[:, 1:].to(logits.device)
-    rows = [F.cross_entropy(row.float(), target, reduction="none") for row, target in zip(logits, targets)]
-    return torch.stack(rows).cpu()
-
-
 def _refuse_if_moved(before: torch.Tensor, after: torch.Tensor, what: str) -> None:
     """Compare log-probabilities, or losses; beyond 30 nats all are alike."""
     before, after = before.clamp(-30, 30), after.clamp(-30, 30)
@@ -1026,20 +964,8 @@ def _refuse_if_moved(before: torch.Tensor, after: torch.Tensor, what: str) -> No
         raise ExamError(f"the model {what} (by {moved:.3g}, limit {limit:.3g})")
 
 
-@contextlib.contextmanager
-def _evaluating(model: Callable) -> Iterator[None]:
-    training = getattr(model, "training", False)
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
-
-
 def _device_of(model: Callable) -> torch.device:
-    parameters = model.parameters() if hasattr(model, "parameters") else iter(())
+    parameters = model.parameters() if hasattr(model, "parameters") else ()
     return next((parameter.device for parameter in parameters), default_device())
 
 
@@ -1047,17 +973,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
-def _halve_until_it_fits(job: Callable[[int], Result], batch_size: int) -> Result:
-    while True:
-        try:
-            return job(batch_size)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or batch_size == 1:
-                raise
-        batch_size //= 2  # here, where the failed call's tensors are gone
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        print(f"evaluation: out of memory, going on with {batch_size} rows at once", flush=True)
+def _examine(model: Callable, job: Callable, batch_size: int):
+    """Return job(batch_size) of a model in eval mode; half as many rows at once where memory runs out."""
+    training = getattr(model, "training", False)
+    if training:
+        model.eval()
+    try:
+        while True:
+            try:
+                return job(batch_size)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or batch_size == 1:
+                    raise
+            batch_size //= 2  # here, where the failed call's tensors are gone
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            print(f"evaluation: out of memory, going on with {batch_size} rows at once", flush=True)
+    finally:
+        if training:
+            model.train()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1071,32 +1005,25 @@ class _Run:
         self.began, self.tokens, self.facts = None, 0, {}
 
     def start(self) -> None:
-        if self.began is not None:
-            return
-        self.began = time.monotonic()
-        # A run that hangs must not stop the night: every thread's traceback, then exit code 1
-        limit = max(120, 2 * active_contract()[0].time_budget)
-        faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
-        self.facts = _facts()
+        if self.began is None:
+            self.began = time.monotonic()
+            # A run that hangs must not stop the night: every thread's traceback, then exit code 1
+            limit = max(120, 2 * active_contract()[0].time_budget)
+            faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
+            self.facts = _facts()
 
     def write_evidence(self, contract: Contract, split: str, bpb: float, device: torch.device) -> None:
         line = {
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             **(self.facts or _facts()),
-            "contract": fingerprint(contract),
-            "split": split,
-            "bpb": bpb,
+            "contract": fingerprint(contract), "split": split, "bpb": bpb,
             "seconds": None if self.began is None else round(time.monotonic() - self.began, 1),
             "tokens": self.tokens,
             "peak_memory_mb": round(peak_memory_mb(device), 1),
-            "device": device_name(device),
-            "torch": torch.__version__,
+            "device": device_name(device), "torch": torch.__version__,
         }
-        file = os.open("runs.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, (json.dumps(line) + "\n").encode())  # one write: lines of two runs do not mix
-        finally:
-            os.close(file)
+        with open("runs.jsonl", "ab", buffering=0) as file:  # one write: lines of two runs do not mix
+            file.write((json.dumps(line) + "\n").encode())
 
 
 _RUN = _Run()
@@ -1105,20 +1032,19 @@ _RUN = _Run()
 def _facts() -> dict:
     """What runs, as it is when the run begins: train.py may be edited meanwhile."""
     here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, timeout=10).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
     return {
-        "commit": _git(here, "rev-parse", "--verify", "-q", "HEAD") or None,
-        "dirty": bool(_git(here, "status", "--porcelain", "--", "train.py")),
+        "commit": git("rev-parse", "--verify", "-q", "HEAD").strip() or None,
+        "dirty": bool(git("status", "--porcelain", "--", "train.py").strip()),
         **{f"{path.stem}_sha256": _sha256(path) for path in (here / "train.py", here / "prepare.py") if path.is_file()},
         "seed": torch.initial_seed(),
     }
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    try:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -1174,22 +1100,20 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Prepare data, tokenizer and exam of a contract in the cache.")
     parser.add_argument("--contract", choices=list(CONTRACTS), help="prepare this one and remember it")
-    shards_help = f"training shards, -1: all (default {DEFAULT_SHARDS}, or as many as last time)"
-    parser.add_argument("--num-shards", type=count, metavar="N", help=shards_help)
+    parser.add_argument("--num-shards", type=count, metavar="N",
+                        help=f"training shards, -1: all (default {DEFAULT_SHARDS}, or as many as last time)")
     parser.add_argument("--download-workers", type=workers, default=8, metavar="W", help="files at a time (default 8)")
     parser.print_usage = lambda file=None: None  # a bad value gets one line
     arguments = parser.parse_args()
-    if arguments.contract:
-        contract, why = _contract_named(arguments.contract, "--contract"), "--contract"
-    else:
-        contract, why = active_contract()
+    named = arguments.contract
+    contract, why = (_contract_named(named, "--contract"), "--contract") if named else active_contract()
     print(describe(contract, why))
     shards = contract.train_files if arguments.num_shards == -1 else arguments.num_shards
     if shards and shards > contract.train_files:
         parser.error(f"argument --num-shards: {shards}, but {contract.name} has {contract.train_files}")
     start = time.monotonic()
     prepare(contract, shards, arguments.download_workers)
-    if arguments.contract:
+    if named:
         _write(cache_dir() / "active", contract.name.encode())
         if os.environ.get("AUTORESEARCH_CONTRACT", contract.name) != contract.name:
             print(f"note: AUTORESEARCH_CONTRACT={os.environ['AUTORESEARCH_CONTRACT']} still goes first")

@@ -299,36 +299,28 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Fill every parameter and buffer in place from torch's random state; raises Failure naming one left out."""
-        left = {id(parameter): name for name, parameter in self.named_parameters()}
-
-        def fill(parameter, method, *arguments):
-            getattr(parameter, method)(*arguments)
-            left.pop(id(parameter), None)  # shared ones come twice
-
+        """Fill every parameter and buffer in place from torch's random state; raises Failure naming those left out."""
+        left = []
         bound = INIT_SCALE * (3 / self.config.n_embd) ** 0.5  # a uniform's standard deviation is bound / sqrt(3)
-        fill(self.wte.weight, "normal_", 0, 1)
-        for table in (self.bigram, self.bigram_values):
-            if table is not None:
-                fill(table.weight, "zero_")
-        for table in self.value_embeds.values():
-            fill(table.weight, "uniform_", -bound, bound)
-        for block in self.h:
-            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
-                fill(linear.weight, "uniform_", -bound, bound)
-            for linear in (block.attn.c_proj, block.mlp.c_proj):
-                fill(linear.weight, "zero_")
-            if hasattr(block.attn, "ve_gate"):
-                fill(block.attn.ve_gate.weight, "zero_")
-        fill(self.resid_lambdas, "fill_", 1.0)
-        fill(self.x0_lambdas, "fill_", X0_INIT)
-        fill(self.lm_head.weight, "normal_", 0, 0.001)
-        head_dim = self.config.n_embd // self.config.n_head
-        cos, sin = rotary(self.config.seq_len, head_dim, ROPE_BASE, self.cos.device)
+        for name, parameter in self.named_parameters():
+            kind = name.removesuffix(".weight").split(".")
+            if kind[-1] == "wte":
+                parameter.normal_(0, 1)
+            elif kind[-1] == "lm_head":
+                parameter.normal_(0, 0.001)
+            elif kind[-1] in ("c_q", "c_k", "c_v", "c_fc") or kind[0] == "value_embeds":
+                parameter.uniform_(-bound, bound)
+            elif kind[-1] in ("c_proj", "ve_gate", "bigram", "bigram_values"):
+                parameter.zero_()
+            elif kind[-1] in ("resid_lambdas", "x0_lambdas"):
+                parameter.fill_(1.0 if kind[-1] == "resid_lambdas" else X0_INIT)
+            else:
+                left.append(name)
+        if left:
+            raise prepare.Failure(f"init_weights leaves parameters uninitialised: {', '.join(left)}")
+        cos, sin = rotary(self.config.seq_len, self.config.n_embd // self.config.n_head, ROPE_BASE, self.cos.device)
         self.cos.copy_(cos)
         self.sin.copy_(sin)
-        if left:
-            raise prepare.Failure(f"init_weights leaves parameters uninitialised: {', '.join(left.values())}")
 
     def compile_parts(self):
         """Compile a block once for all layers of its kind, instead of the whole model: a third of the time to start."""
