@@ -11,6 +11,7 @@ from test_docs import environment, readme_command, shell
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 NOTEBOOK = json.loads((ROOT / "analysis.ipynb").read_text())
+NIGHT = (ROOT / "tests" / "demo_night.tsv").read_text()  # what an agent wrote: contract demo, CPU, 60 s, 40 minutes
 
 
 @pytest.fixture
@@ -82,6 +83,7 @@ INPUTS = {  # name: (file, runs, of which with a score, best)
     "bytes that are not UTF-8": (log(BASELINE).encode() + b"abc1236\t1.4\t1.0\tkeep\t\xff\xfe\n", 2, 2, 1.4),
     "all scores equal": (log(*[BASELINE] * 5), 5, 5, 1.5),
     "a long night": (night(), 126, 117, 0.9294),
+    "a real night": (NIGHT, 25, 25, (1.448004 + 1.468376) / 2),
 }
 
 
@@ -152,6 +154,14 @@ def test_nbconvert_executes_the_notebook_headless_with_the_readmes_command(tmp_p
     assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert "deeper" in output and command.split()[-3:] == ["analysis.ipynb", ">", "/dev/null"]
     assert command in "".join("".join(cell["source"]) for cell in NOTEBOOK["cells"])
+
+
+def test_the_caption_of_the_readmes_picture_counts_the_night_it_shows(execute):
+    names = execute(NIGHT)
+    best, first = names["runs"]["best"].iloc[-1], names["runs"]["best"].iloc[0]
+    lines = (ROOT / "README.md").read_text().splitlines()
+    caption = next(line for line in lines if line.startswith("*One short night"))
+    assert f"{len(names['runs'])} runs" in caption and f"{first:.3f} to {best:.3f}" in caption
 
 
 def test_the_notebook_in_git_holds_no_output():
