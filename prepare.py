@@ -26,11 +26,13 @@ import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import queue
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -529,7 +531,8 @@ class Tokenizer:
     def documents(self, texts: Iterable[str | None]) -> list[np.ndarray]:
         """Encode documents, each with BOS before it, to uint16 arrays."""
         encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
-        return [np.concatenate([[self.bos], encode(text or "")]).astype(np.uint16) for text in texts]
+        bos = np.array([self.bos], dtype=np.uint16)
+        return [np.concatenate([bos, encode(text or "")], dtype=np.uint16, casting="unsafe") for text in texts]
 
     def token_bytes(self) -> np.ndarray:
         """Bytes that each token stands for, int64 (V,), from its raw bytes; 0 for the reserved ones."""
@@ -540,13 +543,14 @@ class Tokenizer:
         return hashlib.sha256("\n".join([SPLIT_PATTERN, *map(bytes.hex, self.tokens)]).encode()).hexdigest()
 
 
-def _read_texts(manifest: Manifest, name: str) -> Iterator[list[str | None]]:
+def _read_texts(manifest: Manifest, name: str) -> Iterator[pa.Array]:
     """Batches of the documents of a parquet file; one that cannot be read to its end is set aside and forgotten."""
     path = manifest.parquet(name)
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=128, columns=["text"]):
-                yield batch.column(0).to_pylist()
+            for batch in file.iter_batches(batch_size=128, columns=["text"], use_threads=False):
+                batch.validate(full=True)  # is it UTF-8?
+                yield batch.column(0)
     except (pa.ArrowException, OSError, ValueError) as error:
         aside = path.replace(path.with_suffix(".bad"))
         manifest.update(files={other: record for other, record in manifest.data["files"].items() if other != name})
@@ -562,7 +566,7 @@ def _train_tokenizer(contract: Contract, parts: list[Part], manifest: Manifest) 
     def texts() -> Iterator[str]:
         nonlocal chars
         for name, start, stop in parts:
-            documents = itertools.chain.from_iterable(_read_texts(manifest, name))
+            documents = (text for texts in _read_texts(manifest, name) for text in texts.to_pylist())
             for text in itertools.islice(documents, start, stop):
                 text = (text or "")[: contract.tokenizer_doc_chars]
                 chars += len(text)
@@ -585,6 +589,8 @@ def _train_tokenizer(contract: Contract, parts: list[Part], manifest: Manifest) 
 # Tokens on disk, and packing
 
 REFILL = 128  # documents read at once
+WORKER_BYTES = 2**22  # of text that make a process worth its fork: a quarter of a second of work
+MAX_WORKERS = 16  # one process cannot feed more: reading and sending takes 1/14 of the time that encoding does
 
 
 def _is_tokenized(manifest: Manifest, name: str) -> bool:
@@ -593,6 +599,45 @@ def _is_tokenized(manifest: Manifest, name: str) -> bool:
         return last * 2 == manifest.derived(f"{name}.tokens").stat().st_size
     except (LookupError, OSError, ValueError, EOFError):  # no tokenizer yet, no such file, or no whole one
         return False
+
+
+@contextlib.contextmanager
+def _forked(function: Callable, count: int) -> Iterator[Callable]:
+    """Yield `function` as `count` threads may call it: forked processes compute it, and end with this one or before."""
+    idle, processes = queue.SimpleQueue(), []
+    context = multiprocessing.get_context("fork")  # a spawned one would import torch first, and run __main__ again
+
+    def serve(ours, theirs) -> None:
+        ours.close()  # else the pipe would stay open after the parent's death
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                theirs.send(function(theirs.recv()))
+
+    def call(argument):
+        pipe = idle.get()
+        try:
+            pipe.send(argument)
+            return pipe.recv()
+        except (EOFError, OSError) as error:
+            raise Failure("a worker process died, perhaps of too little memory; run the same command again") from error
+        finally:
+            idle.put(pipe)
+
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited: Ctrl-C is the parent's alone
+    try:
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            processes.append(context.Process(target=serve, args=(ours, theirs), daemon=True))
+            processes[-1].start()
+            theirs.close()
+            idle.put(ours)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield call
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def _tokenize(tokenizer: Tokenizer, name: str, manifest: Manifest) -> None:
@@ -604,17 +649,25 @@ def _tokenize(tokenizer: Tokenizer, name: str, manifest: Manifest) -> None:
     metadata = pq.read_metadata(manifest.parquet(name))
     size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     progress = Progress(f"tokenize {name}", size / 1e6, "MB")
-    with _replacing(tokens) as temporary, open(temporary, "wb") as file, ThreadPoolExecutor(cores) as pool:
+
+    def encode(texts: pa.Array) -> tuple[bytes, list[int]]:
+        documents = tokenizer.documents(texts.to_pylist())
+        return np.concatenate(documents).tobytes(), [*map(len, documents)]
+
+    threads = min(cores, MAX_WORKERS)
+    workers = min(threads, size // WORKER_BYTES) if sys.platform == "linux" else 0  # macOS has no safe fork
+    with (_forked(encode, workers) if workers > 1 else contextlib.nullcontext(encode) as encode,
+          _replacing(tokens) as temporary, open(temporary, "wb") as file, ThreadPoolExecutor(threads) as pool):
 
         def write() -> None:
-            documents = pending.pop(0).result()
-            file.write(np.concatenate(documents).tobytes())
-            lengths.extend(map(len, documents))
+            documents, counts = pending.pop(0).result()
+            file.write(documents)
+            lengths.extend(counts)
 
         for texts in _read_texts(manifest, name):
-            pending.append(pool.submit(tokenizer.documents, texts))  # tiktoken lets go of the GIL
-            progress.add(sum(len(text or "") for text in texts) / 1e6)
-            if len(pending) > 3 * cores:
+            pending.append(pool.submit(encode, texts))  # tiktoken lets go of the GIL, but threads slow it down
+            progress.add(texts.nbytes / 1e6)
+            if len(pending) > 3 * threads:
                 write()
         while pending:
             write()

@@ -6,8 +6,9 @@ Measure how fast and in how much memory data is prepared; every ratio comes from
 PARQUET: a file with a `text` column, say a downloaded shard; without it English-like text is made up, which is quicker
 to tokenise than real text. Three questions, each asked REPEATS times: does tokenising a shard of about 100 MB of text
 use all cores (target: 0.9 of cores x the rate of tiktoken in one thread); does the peak memory of the whole of
-prepare stay under 2 GB and not grow with the number of shards; how long does a second run on a complete cache take
-beyond the imports (target: 2 s).
+prepare, its processes together, stay under 2 GB and not grow with the number of shards; how long does a second run on a
+complete cache take beyond the imports (target: 2 s). Cores that share a host are slower when all are busy: what as many
+processes reach that only encode, side by side, is printed as well.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -38,13 +40,13 @@ CHILD = """
 import sys, time
 import prepare
 imported = time.monotonic()
-import dataclasses, resource
+import dataclasses
 contract = dataclasses.replace(prepare.CONTRACTS["climbmix"], train_files=int(sys.argv[1]), eval_tokens=8 * 2**19,
                                val=("shard_00000.parquet", 0, None), test=("shard_00000.parquet", 0, None))
 prepare.CONTRACTS["climbmix"] = contract
 sys.argv[1:] = ["--contract", "climbmix"]
 prepare.run_main(prepare.main)
-print(time.monotonic() - imported, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, file=sys.stderr)
+print(time.monotonic() - imported, prepare.peak_memory_mb(prepare.torch.device("cpu")) / 2**10, file=sys.stderr)
 """
 
 
@@ -77,33 +79,71 @@ def tokenisation(folder: Path, texts: list[str]) -> None:
     manifest, cores = prepare.Manifest(contract), len(os.sched_getaffinity(0))
     with contextlib.redirect_stdout(io.StringIO()):
         tokenizer = prepare._train_tokenizer(contract, contract.train(1), manifest)
-    size, ratios, rates, alone, overhead = sum(len(text.encode()) for text in texts), [], [], [], []
-    for _ in range(REPEATS):
-        sample = texts[::4]  # a quarter, from all over
-        bytes_ = sum(len(text.encode()) for text in sample)
-        start, cpu = time.perf_counter(), time.process_time()
-        for text in sample:
+
+    def size(texts: list[str]) -> int:
+        return sum(len(text.encode()) for text in texts)
+
+    def encode(texts: list[str]) -> None:
+        for text in texts:
             tokenizer.encoding.encode_to_numpy(text, disallowed_special=())
-        alone.append(bytes_ / (time.perf_counter() - start) / 1e6)
-        cpu_alone = (time.process_time() - cpu) * size / bytes_
-        shutil.rmtree(manifest.derived("x").parent, ignore_errors=True)
+
+    def encode_side_by_side() -> None:
+        pids = []
+        for core in range(cores):
+            if not (pid := os.fork()):
+                encode(texts[core::cores])
+                os._exit(0)
+            pids.append(pid)
+        for pid in pids:
+            os.waitpid(pid, 0)
+
+    def measured(job, *arguments) -> tuple[float, float]:
+        """Seconds, and CPU seconds of this process and of those that it waited for."""
+        start, cpu = time.perf_counter(), sum(os.times()[:4])
         with contextlib.redirect_stdout(io.StringIO()):
-            start, cpu = time.perf_counter(), time.process_time()
-            prepare._tokenize(tokenizer, "shard_00000.parquet", manifest)
-        rates.append(size / (time.perf_counter() - start) / 1e6)
-        overhead.append(cpu_alone / (time.process_time() - cpu))
-        ratios.append(rates[-1] / (cores * alone[-1]))
-    print(f"tokenise {size / 1e6:.0f} MB: {spread(rates)} MB/s on {cores} cores; tiktoken in one thread "
-          f"{spread(alone)} MB/s; share of cores x one thread: {spread(ratios)} (target 0.9, on an idle machine); "
-          f"in CPU seconds, which others on the machine disturb less: {spread(overhead)}")
+            job(*arguments)
+        return time.perf_counter() - start, sum(os.times()[:4]) - cpu
+
+    figures = {"_tokenize, MB/s": [], "tiktoken in one thread, MB/s": [],
+               "_tokenize as a share of cores x one thread (target 0.9, on an idle machine)": [],
+               "the same in CPU seconds": [], "processes that only encode, as such a share": []}
+    for _ in range(REPEATS):
+        samples = [texts[::4], texts[2::4]]  # a quarter from all over, before and after
+        before = measured(encode, samples[0])
+        shutil.rmtree(manifest.derived("x").parent, ignore_errors=True)
+        full = measured(prepare._tokenize, tokenizer, "shard_00000.parquet", manifest)
+        after = measured(encode, samples[1])
+        limit = measured(encode_side_by_side)
+        alone, cpu_alone = np.add(before, after) / sum(map(size, samples)) * size(texts)
+        for values, value in zip(figures.values(), (size(texts) / full[0] / 1e6, size(texts) / alone / 1e6,
+                                                    alone / cores / full[0], cpu_alone / full[1],
+                                                    alone / cores / limit[0])):
+            values.append(value)
+    print(f"tokenise {size(texts) / 1e6:.0f} MB on {cores} cores:")
+    for name, values in figures.items():
+        print(f"  {name}: {spread(values)}; each: {', '.join(f'{value:.2f}' for value in values)}")
+
+
+def memory(pid: int) -> float:
+    """Proportional set size of a process and of all below it, GB; 0 where the system does not tell."""
+    try:
+        pss = next(line for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() if line[:4] == "Pss:")
+        children = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    except (OSError, StopIteration):  # it has ended
+        return 0.0
+    return int(pss.split()[1]) / 2**20 + sum(map(memory, map(int, children)))
 
 
 def whole(cache: Path, shards: int) -> tuple[float, float]:
-    """Prepare in a process of its own; returns seconds beyond the imports, and peak memory in GB."""
-    done = subprocess.run([sys.executable, "-c", CHILD, str(shards)], cwd=ROOT, capture_output=True, text=True,
-                          check=True, env=os.environ | {"AUTORESEARCH_CACHE": str(cache)})
-    seconds, peak = done.stderr.split()[-2:]
-    return float(seconds), float(peak)
+    """Prepare in processes of its own; returns seconds beyond the imports, and peak memory in GB."""
+    with subprocess.Popen([sys.executable, "-c", CHILD, str(shards)], cwd=ROOT, stdout=subprocess.DEVNULL, text=True,
+                          stderr=subprocess.PIPE, env=os.environ | {"AUTORESEARCH_CACHE": str(cache)}) as process:
+        peak = 0.0
+        while process.poll() is None:
+            peak = max(peak, memory(process.pid))
+            time.sleep(0.05)
+        seconds, alone = map(float, process.stderr.read().split()[-2:])
+    return seconds, max(peak, alone)  # the kernel's own peak, of the first process alone, misses no moment
 
 
 def main() -> None:

@@ -12,8 +12,12 @@ import inspect
 import io
 import itertools
 import json
+import multiprocessing
 import os
+import random
+import signal
 import socket
+import subprocess
 import sys
 import time
 import types
@@ -39,7 +43,7 @@ SHARDS = [f"shard_{number:05d}.parquet" for number in range(5)]
 CLI = """
 import prepare, test_data
 prepare.CONTRACTS["climbmix"] = test_data.SMALL
-prepare.BACKOFF = 0.01
+prepare.BACKOFF, prepare.WORKER_BYTES = 0.01, 1
 prepare.run_main(prepare.main)
 """
 
@@ -78,6 +82,13 @@ def cache(monkeypatch, tmp_path) -> Path:
     monkeypatch.setattr(prepare, "TIMEOUT", (1, 0.4))
     monkeypatch.setattr(prepare, "CHUNK", 1000)
     return tmp_path / "cache" / "climbmix"
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """Processes tokenize also shards as small as these, which threads did for `good`."""
+    monkeypatch.setattr(prepare, "WORKER_BYTES", 1)
+    monkeypatch.setattr(prepare.os, "cpu_count", lambda: 2)
 
 
 @pytest.fixture
@@ -338,7 +349,7 @@ def test_shards_put_there_by_hand_are_taken_without_a_network(command, cache, go
 
 
 @pytest.mark.parametrize("how", ["truncated", "without texts", "a broken page"])
-def test_a_bad_shard_put_there_by_hand_is_named_and_replaced(how, hub, command, cache, good, shards):
+def test_a_bad_shard_put_there_by_hand_is_named_and_replaced(how, hub, command, cache, good, shards, workers):
     path = cache / "parquet" / SHARDS[1]
     path.parent.mkdir(parents=True)
     body = shards[SHARDS[1]]
@@ -356,7 +367,7 @@ def test_a_bad_shard_put_there_by_hand_is_named_and_replaced(how, hub, command, 
     assert cache_state(cache) == good
 
 
-def test_text_that_is_no_utf8_is_a_broken_file_not_a_traceback(hub, command, cache):
+def test_text_that_is_no_utf8_is_a_broken_file_not_a_traceback(hub, command, cache, workers):
     sink = io.BytesIO()
     bad = pa.array([b"fine", b"\xff\xfe broken"] * 50, pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": bad}), sink)
@@ -379,7 +390,7 @@ def test_too_little_disk_is_said_with_both_numbers_before_anything_is_downloaded
 
 @pytest.mark.parametrize("quota", [0, 3_000, 60_000, 70_000, 75_000, 90_000, 120_000, 200_000])
 def test_a_disk_that_fills_up_is_said_in_one_message_and_the_next_run_ends_good(
-        quota, hub, command, cache, good, monkeypatch):
+        quota, hub, command, cache, good, monkeypatch, workers):
     left = [quota]
 
     class Full(io.FileIO):
@@ -442,7 +453,7 @@ def before_rename(number):
 def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-prepare.BACKOFF = 0.01
+prepare.BACKOFF, prepare.WORKER_BYTES = 0.01, 1
 mode, count = sys.argv[1], int(sys.argv[2])
 if mode == "company":
     codes = [ended(pid) for pid in [start() for _ in range(count)]]
@@ -492,6 +503,53 @@ def test_kills_at_random_moments_leave_nothing_that_is_taken_for_data(hub, comma
     assert command()[0] == 0
     assert cache_state(cache) == good
     assert not [path for path in cache.rglob("*") if path.suffix in (".tmp", ".part")]
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads tokenize")
+# Workers say when they begin, and are slow
+SLOW = CLI.replace("prepare.run_main", """
+documents = prepare.Tokenizer.documents
+
+def slowly(tokenizer, texts):
+    print("working", flush=True)
+    time.sleep(0.5)
+    return documents(tokenizer, texts)
+
+prepare.Tokenizer.documents = slowly
+prepare.run_main""").replace("import ", "import time, ")
+
+
+@on_linux
+@pytest.mark.parametrize("kill, code, said", [(signal.SIGKILL, -9, ""), (signal.SIGINT, 1, "FAIL: interrupted\n")])
+def test_no_worker_outlives_its_parent_or_says_a_word_of_its_own(kill, code, said, hub, command, cache, good):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | dict(PYTHONPATH=path, AUTORESEARCH_CONTRACT="climbmix", HF_ENDPOINT=hub.url)
+    with subprocess.Popen([sys.executable, "-c", SLOW], env=environment, text=True, start_new_session=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while process.stdout.readline() != "working\n":
+            pass
+        if kill == signal.SIGKILL:
+            process.kill()
+        else:  # as the terminal does, to all of them
+            os.killpg(process.pid, kill)
+        _, errors = process.communicate(timeout=10)  # ends when nobody holds the other end of its pipes
+    assert (process.returncode, errors) == (code, said)
+    assert command()[0] == 0
+    assert cache_state(cache) == good
+
+
+@on_linux
+def test_a_worker_that_is_killed_is_one_line_and_the_next_run_ends_good(
+        hub, command, cache, good, workers, monkeypatch):
+    here = os.getpid()
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Tokenizer, "documents",
+                      lambda tokenizer, texts: os.getpid() == here or os.kill(os.getpid(), signal.SIGKILL))
+        code, output = command()
+    assert code == 1 and output.splitlines()[-1].startswith("FAIL: a worker process died")
+    assert not multiprocessing.active_children() and not list(cache.rglob("*.tmp"))
+    assert command()[0] == 0
+    assert cache_state(cache) == good
 
 
 def test_the_real_command_says_what_failed_without_a_traceback_and_does_not_flood_a_log(shards, tmp_path):
@@ -650,6 +708,31 @@ def test_every_document_of_every_shard_is_in_the_token_cache_once_and_in_order(h
     command()
     assert texts_of(SMALL, SMALL.train(3)) == [text for number in range(3) for text in some_texts(number)]
     assert texts_of(SMALL, [SMALL.val]) == some_texts(4) and texts_of(SMALL, [SMALL.test]) == some_texts(3)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 5])
+def test_any_number_of_processes_writes_the_tokens_that_tiktoken_gives_one_by_one(cores, cache, workers, monkeypatch):
+    here, documents = os.getpid(), prepare.Tokenizer.documents
+
+    def elsewhere(tokenizer, texts):
+        assert (os.getpid() == here) == (cores == 1 or sys.platform != "linux")
+        time.sleep(random.random() / 50)  # they overtake each other
+        return documents(tokenizer, texts)
+
+    monkeypatch.setattr(prepare.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(prepare.Tokenizer, "documents", elsewhere)
+    texts = [*some_texts(0, 3000), None, "", "<|reserved_0|> é" * 3000, *some_texts(1, 500)]
+    write_shard(cache / "parquet" / "shard.parquet", texts)
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256, b" th": 257, b" the": 258}
+    manifest = prepare.Manifest(SMALL)
+    manifest.update(tokenizer="0" * 8)
+    prepare._tokenize(prepare.Tokenizer(ranks), "shard.parquet", manifest)
+    oracle = tiktoken.Encoding("oracle", pat_str=prepare.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    expected = [[259, *oracle.encode_ordinary(text or "")] for text in texts]
+    tokens = np.fromfile(manifest.derived("shard.parquet.tokens"), dtype=np.uint16)
+    assert tokens.tolist() == list(itertools.chain.from_iterable(expected))
+    offsets = np.load(manifest.derived("shard.parquet.offsets"))
+    assert offsets.dtype == np.int64 and offsets.tolist() == [0, *itertools.accumulate(map(len, expected))]
 
 
 def test_empty_and_missing_texts_are_documents_of_one_token(hub, command, cache, shards):
