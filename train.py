@@ -9,7 +9,6 @@ runs.jsonl comes from prepare.py. This is the one file the agent edits: everythi
 `model(idx)` gives logits and the score comes from evaluate_bpb.
 """
 
-import contextlib
 import functools
 import gc
 import math
@@ -35,19 +34,20 @@ TOTAL_BATCH_SIZE = {"cuda": 2**17, "mps": 2**14, "cpu": 2**11}  # tokens per opt
 DEVICE_BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 8}  # rows at once; halved in warm-up while they do not fit
 EVAL_BATCH_SIZE = {"cuda": 32, "mps": 8, "cpu": 32}  # rows at once
 WINDOW_PATTERN = {"cuda": "SSSSL", "mps": "L", "cpu": "L"}  # tiled over the layers; the last layer is always L
-BIGRAM_ROWS = {"cuda": 2**19, "mps": 2**14, "cpu": 2**14}  # rows of the hashed bigram embedding; 0: none
-BIGRAM_VALUE_ROWS = {"cuda": 2**19, "mps": 0, "cpu": 0}  # rows of the hashed bigram value embedding; 0: none
+BIGRAM_ROWS = {"cuda": 2**19, "mps": 2**14, "cpu": 2**14}  # rows of each of the two hashed bigram tables; 0: none
+COMPILE = {"cuda": True, "mps": False, "cpu": False}
 
 # Model
 SHORT_WINDOW = 256  # keys before its own that a query of an S layer sees; L layers see all
 ROPE_BASE = 200_000
 SOFTCAP = 15  # logits stay within +-SOFTCAP
-GATE_CHANNELS = 32  # channels of x that the gate of a value embedding reads
+GATE_CHANNELS = 32  # channels of x that a gate reads
 INIT_SCALE = 0.68  # of the uniform bound sqrt(3 / n_embd)
 X0_INIT = 0.05
+ATTENTION = "auto"  # or force one: "fa3", "varlen", "sdpa"
 
 # Optimizer
-MATRIX_LR = 0.04  # Muon
+MATRIX_LR = 0.03  # Muon
 MUON_MOMENTUM = (0.85, 0.95)  # first step, after MUON_RAMP steps
 MUON_RAMP = 200
 MUON_BETA2 = 0.95
@@ -58,14 +58,11 @@ UNEMBEDDING_LR = 0.005  # at width 768
 SCALAR_LR = 0.5  # x0 lambdas; resid lambdas a hundredth
 ADAM_BETAS = (0.8, 0.95)
 ADAM_EPS = 1e-10
-WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.003, "bigram": 0.01}  # AdamW's
+WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.01, "bigram": 0.02}  # AdamW's
 
 # Schedule, in shares of TIME_BUDGET
 WARMDOWN_RATIO = 0.75
 FINAL_LR_FRAC = 0.05
-
-ATTENTION = "auto"  # or force one: "fa3", "varlen", "sdpa"
-COMPILE = {"cuda": True, "mps": False, "cpu": False}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention
@@ -179,7 +176,6 @@ class GPTConfig:
     n_embd: int
     windows: tuple  # per layer, see attention
     bigram_rows: int = 0
-    bigram_value_rows: int = 0
 
 
 def model_width(depth, aspect_ratio, head_dim):
@@ -223,6 +219,11 @@ def bigram_hash(idx, rows):
     return (previous * 1_000_003 + idx * 92_821) % rows
 
 
+def gate(linear, x):
+    """One factor per head from the first channels of x (B, T, C), (B, T, H, 1); zero weights give 1."""
+    return 2 * torch.sigmoid(linear(x[..., :GATE_CHANNELS])).unsqueeze(-1)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -233,6 +234,7 @@ class CausalSelfAttention(nn.Module):
         self.c_k = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
         self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
+        self.attn_gate = nn.Linear(GATE_CHANNELS, self.n_head, bias=False)
         if has_value_embedding(layer, config.n_layer):
             self.ve_gate = nn.Linear(GATE_CHANNELS, self.n_kv_head, bias=False)
 
@@ -241,12 +243,11 @@ class CausalSelfAttention(nn.Module):
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)  # (B, T, H, D)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, Hkv, D)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, Hkv, D)
-        if ve is not None:  # value residual (ResFormer, arXiv 2410.17897), gated per kv head; the gate begins at 1
-            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, Hkv)
-            v = v + gate.unsqueeze(-1) * ve.view(B, T, self.n_kv_head, self.head_dim)
+        if ve is not None:  # value residual (ResFormer, arXiv 2410.17897)
+            v = v + gate(self.ve_gate, x) * ve.view(B, T, self.n_kv_head, self.head_dim)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)  # QK norm first: a rotation keeps norms
         y = attention(q.to(v.dtype), k.to(v.dtype), v, self.window)  # (B, T, H, D)
-        return self.c_proj(y.reshape(B, T, C))
+        return self.c_proj((gate(self.attn_gate, x) * y).reshape(B, T, C))  # gated attention (arXiv 2505.06708)
 
 
 class MLP(nn.Module):
@@ -265,12 +266,9 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, x0, idx, resid_lambda, x0_lambda, value_table, bigram_values, cos, sin):
-        """x and x0 (B, T, C) -> (B, T, C). value_table (V, Hkv * D) or None, bigram_values (B, T, Hkv * D) or None."""
+    def forward(self, x, x0, ve, resid_lambda, x0_lambda, cos, sin):
+        """x and x0 (B, T, C), ve (B, T, Hkv * D) or None -> (B, T, C)."""
         x = resid_lambda * x + x0_lambda * x0
-        ve = None if value_table is None else F.embedding(idx, value_table)  # (B, T, Hkv * D)
-        if ve is not None and bigram_values is not None:
-            ve = ve + bigram_values
         x = x + self.attn(norm(x), ve, cos, sin)
         return x + self.mlp(norm(x))
 
@@ -285,21 +283,17 @@ class GPT(nn.Module):
         kv_dim = n_embd // config.n_head * config.n_kv_head
         self.wte = nn.Embedding(config.vocab_size, n_embd)
         self.bigram = nn.Embedding(config.bigram_rows, n_embd) if config.bigram_rows else None
-        self.bigram_values = nn.Embedding(config.bigram_value_rows, kv_dim) if config.bigram_value_rows else None
-        self.value_embeds = nn.ModuleDict(
-            {str(i): nn.Embedding(config.vocab_size, kv_dim) for i in range(n_layer) if has_value_embedding(i, n_layer)}
-        )
+        self.bigram_values = nn.Embedding(config.bigram_rows, kv_dim) if config.bigram_rows else None
+        layers = sum(has_value_embedding(i, n_layer) for i in range(n_layer))
+        self.value_embeds = nn.ModuleList(nn.Embedding(config.vocab_size, kv_dim) for _ in range(layers))
         self.resid_lambdas = nn.Parameter(torch.empty(n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(n_layer))
         self.h = nn.ModuleList([Block(config, i) for i in range(n_layer)])
         self.lm_head = nn.Linear(n_embd, config.vocab_size, bias=False)
-        shape = (1, config.seq_len, 1, n_embd // config.n_head // 2)
-        self.register_buffer("cos", torch.empty(shape), persistent=False)
-        self.register_buffer("sin", torch.empty(shape), persistent=False)
 
     @torch.no_grad()
     def init_weights(self):
-        """Fill every parameter and buffer in place from torch's random state; raises Failure naming those left out."""
+        """Fill every parameter in place from torch's random state; raises Failure naming those left out."""
         left = []
         bound = INIT_SCALE * (3 / self.config.n_embd) ** 0.5  # a uniform's standard deviation is bound / sqrt(3)
         for name, parameter in self.named_parameters():
@@ -310,7 +304,7 @@ class GPT(nn.Module):
                 parameter.normal_(0, 0.001)
             elif kind[-1] in ("c_q", "c_k", "c_v", "c_fc") or kind[0] == "value_embeds":
                 parameter.uniform_(-bound, bound)
-            elif kind[-1] in ("c_proj", "ve_gate", "bigram", "bigram_values"):
+            elif kind[-1] in ("c_proj", "ve_gate", "attn_gate", "bigram", "bigram_values"):
                 parameter.zero_()
             elif kind[-1] == "resid_lambdas":
                 parameter.fill_(1.0)
@@ -320,9 +314,6 @@ class GPT(nn.Module):
                 left.append(name)
         if left:
             raise prepare.Failure(f"init_weights leaves parameters uninitialised: {', '.join(left)}")
-        cos, sin = rotary(self.config.seq_len, self.config.n_embd // self.config.n_head, ROPE_BASE, self.cos.device)
-        self.cos.copy_(cos)
-        self.sin.copy_(sin)
 
     def compile_parts(self):
         """Compile a block once for all layers of its kind: the time to start does not grow with the depth."""
@@ -332,13 +323,12 @@ class GPT(nn.Module):
         self.embed, self.head = torch.compile(self.embed, dynamic=False), torch.compile(self.head, dynamic=False)
 
     def embed(self, idx):
-        """idx (B, T) -> x0 (B, T, C), and what the bigrams add to the value embeddings (B, T, Hkv * D) or None."""
-        x = self.wte(idx)
+        """idx (B, T) -> x0 (B, T, C), and for each layer that has one its value embedding (B, T, Hkv * D)."""
+        x, more = self.wte(idx), 0
         if self.bigram is not None:
-            x = x + self.bigram(bigram_hash(idx, self.config.bigram_rows))
-        if self.bigram_values is None:
-            return norm(x), None
-        return norm(x), self.bigram_values(bigram_hash(idx, self.config.bigram_value_rows))
+            rows = bigram_hash(idx, self.config.bigram_rows)
+            x, more = x + self.bigram(rows), self.bigram_values(rows)
+        return norm(x), [table(idx) + more for table in self.value_embeds]
 
     def head(self, x, targets):
         """x (B, T, C) -> logits (B, T, V) float32, or with targets (B, T) the mean loss."""
@@ -349,14 +339,12 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
 
     def forward(self, idx, targets=None):
-        T = idx.size(1)
-        cos, sin = self.cos[:, :T], self.sin[:, :T]
-        x0, bigram_values = self.embed(idx)
+        cos, sin = rotary(idx.size(1), self.config.n_embd // self.config.n_head, ROPE_BASE, idx.device)
+        x0, values = self.embed(idx)
         x = x0
-        lambdas = zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind())
-        for i, (block, (resid_lambda, x0_lambda)) in enumerate(zip(self.h, lambdas)):
-            value_table = self.value_embeds[str(i)].weight if str(i) in self.value_embeds else None
-            x = block(x, x0, idx, resid_lambda, x0_lambda, value_table, bigram_values, cos, sin)
+        for i, (block, *lambdas) in enumerate(zip(self.h, self.resid_lambdas.unbind(), self.x0_lambdas.unbind())):
+            ve = values.pop(0) if has_value_embedding(i, self.config.n_layer) else None
+            x = block(x, x0, ve, *lambdas, cos, sin)
         return self.head(x, targets)
 
     def flops_per_token(self):
@@ -397,8 +385,7 @@ def muon_step(params, grads, momentum_buffer, second_moment, momentum, lr, weigh
     m <- momentum m + (1 - momentum) g;  u = orthogonalize(Nesterov of m)
     s <- beta2 s + (1 - beta2) mean(u^2) over the shorter side of u;  u <- u / sqrt(s), scaled back to its old norm
     p <- p - lr sqrt(max(1, rows / cols)) (u + weight_decay p where u p > 0)
-    NorMuon (arXiv 2510.05491), cautious weight decay (arXiv 2510.12402). The scalars are 0-D CPU tensors, so that a new
-    value is no new constant to compile for.
+    NorMuon (arXiv 2510.05491), cautious weight decay (arXiv 2510.12402).
     """
     momentum_buffer.mul_(momentum).add_(grads * (1 - momentum))
     u = orthogonalize(grads * (1 - momentum) + momentum_buffer * momentum, dtype).float()
@@ -415,7 +402,6 @@ def adamw_step(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, we
     """AdamW step (arXiv 1711.05101), as torch.optim.AdamW's; param and both moments change in place.
 
     p <- p - lr weight_decay p - lr m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps), computed in float32.
-    The scalars are 0-D CPU tensors, so that a new value is no new constant to compile for.
     """
     g, m, v, p = grad.float(), exp_avg.float(), exp_avg_sq.float(), param.float()  # no copies if they are float32
     m.mul_(beta1).add_(g * (1 - beta1))
@@ -428,17 +414,16 @@ def adamw_step(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, we
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for groups with kind="muon" (matrices), AdamW for those with kind="adamw".
+    """Muon for groups with kind="muon" (matrices), AdamW for kind="adamw"; a group's options may change between steps.
 
-    Each group's options may change from step to step. `compiled`: step functions go through torch.compile once.
-    `dtype`: of the orthogonalisation.
+    `compiled`: the step functions go through torch.compile once. `dtype`: of the orthogonalisation.
     """
 
     def __init__(self, groups, compiled=False, dtype=torch.float32):
         super().__init__(groups, {})
         wrap = functools.partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda step: step
         self.adamw_step, self.muon_step, self.dtype = wrap(adamw_step), wrap(muon_step), dtype
-        self.scalars = {}  # 0-D CPU tensors, reused: compiled code reads their values
+        self.scalars = {}  # 0-D CPU tensors: to compiled code a new value is no new constant to compile for
 
     def scalars_of(self, group, *names, **values):
         values |= {name: group[name] for name in ("lr", "weight_decay", "beta2", *names)}
@@ -487,9 +472,9 @@ def parameter_groups(model):
         adamw([model.resid_lambdas], SCALAR_LR * 0.01),
         adamw([model.x0_lambdas], SCALAR_LR, betas=(0.96, 0.95)),
     ]
-    bigrams = [table.weight for table in (model.bigram, model.bigram_values) if table is not None]
-    if bigrams:
-        groups.append(adamw(bigrams, BIGRAM_LR * EMBEDDING_LR * scale, weight_decay=WEIGHT_DECAY["bigram"]))
+    if model.bigram is not None:
+        groups.append(adamw([model.bigram.weight, model.bigram_values.weight], BIGRAM_LR * EMBEDDING_LR * scale,
+                            weight_decay=WEIGHT_DECAY["bigram"]))
     matrices = list(model.h.parameters())
     for shape in sorted({p.shape for p in matrices}):  # same-shape matrices are stepped as one batch
         params = [p for p in matrices if p.shape == shape]
@@ -504,33 +489,20 @@ def parameter_groups(model):
     return groups
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedules
-
-
 def lr_multiplier(progress: float) -> float:
     """1 until 1 - WARMDOWN_RATIO of the budget, then linearly down to FINAL_LR_FRAC at progress 1."""
     left = min((1 - min(progress, 1.0)) / max(WARMDOWN_RATIO, 1e-9), 1.0)
     return left + (1 - left) * FINAL_LR_FRAC
 
 
-def muon_momentum(step: int) -> float:
-    """Linearly from the first of MUON_MOMENTUM at step 0 to the second at MUON_RAMP and after."""
-    share = min(step / max(MUON_RAMP, 1), 1.0)
-    return (1 - share) * MUON_MOMENTUM[0] + share * MUON_MOMENTUM[1]
-
-
-def muon_weight_decay(progress: float) -> float:
-    """MUON_WEIGHT_DECAY at progress 0, linearly down to 0 at 1."""
-    return MUON_WEIGHT_DECAY * (1 - min(progress, 1.0))
-
-
 def set_schedules(optimizer, step: int, progress: float) -> None:
+    """Learning rates as lr_multiplier says; Muon's momentum linearly along MUON_MOMENTUM, its weight decay to 0."""
+    ramp = min(step / max(MUON_RAMP, 1), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr_multiplier(progress)
         if group["kind"] == "muon":
-            group["momentum"] = muon_momentum(step)
-            group["weight_decay"] = muon_weight_decay(progress)
+            group["momentum"] = (1 - ramp) * MUON_MOMENTUM[0] + ramp * MUON_MOMENTUM[1]
+            group["weight_decay"] = MUON_WEIGHT_DECAY * (1 - min(progress, 1.0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -599,7 +571,7 @@ def main():
     kind = device.type
     torch.set_float32_matmul_precision("high")
     dtype = compute_dtype(device)
-    autocast = torch.autocast(kind, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+    autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
     synchronize = torch.cuda.synchronize if kind == "cuda" else torch.mps.synchronize if kind == "mps" else lambda: None
     backend, reason = choose_attention(device, ATTENTION)
     print(f"device: {prepare.device_name(device)}, {str(dtype).removeprefix('torch.')}")
@@ -616,8 +588,7 @@ def main():
     n_embd = model_width(n_layer, ASPECT_RATIO[kind], HEAD_DIM[kind])
     n_head = n_embd // HEAD_DIM[kind]
     windows = window_sizes(WINDOW_PATTERN[kind], n_layer, SHORT_WINDOW, T)
-    config = GPTConfig(tokenizer.get_vocab_size(), T, n_layer, n_head, n_head, n_embd, windows, BIGRAM_ROWS[kind],
-                       BIGRAM_VALUE_ROWS[kind])
+    config = GPTConfig(tokenizer.get_vocab_size(), T, n_layer, n_head, n_head, n_embd, windows, BIGRAM_ROWS[kind])
     model, optimizer = build(config, device, dtype, COMPILE[kind], seed)
     if COMPILE[kind]:
         model.compile_parts()
@@ -626,23 +597,22 @@ def main():
           f"{HEAD_DIM[kind]}; {step_tokens:,} tokens per step")
 
     # Warm-up on random tokens: compile, find the batch that fits, let the exam refuse a broken model; no trace is left
-    fits = False
-    while not fits:
+    while True:
         try:
             for _ in range(WARMUP_STEPS):
                 noise = torch.randint(config.vocab_size, (rows, T + 1), device=device)
                 with autocast:
                     loss = train_step(model, optimizer, [(noise[:, :-1].contiguous(), noise[:, 1:].contiguous())])
             loss.item()
-            fits = True
+            break
         except RuntimeError as error:
             if not prepare.is_out_of_memory(error) or rows == 1:
                 raise
-        if not fits:  # here, where the failed step's tensors are gone: half as many rows, or what divides the step
-            rows = next(fewer for fewer in range(rows // 2, 0, -1) if step_tokens % (fewer * T) == 0)
-            optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            print(f"out of memory: now DEVICE_BATCH_SIZE is {rows}, with {step_tokens // (rows * T)} batches per step")
+        # here, where the failed step's tensors are gone: half as many rows, or what divides the step
+        rows = next(fewer for fewer in range(rows // 2, 0, -1) if step_tokens % (fewer * T) == 0)
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        print(f"out of memory: now DEVICE_BATCH_SIZE is {rows}, with {step_tokens // (rows * T)} batches per step")
     with autocast:
         prepare.check_model(model, EVAL_BATCH_SIZE[kind])
     optimizer.state.clear()
@@ -659,15 +629,15 @@ def main():
     peak = next((value for name, value in PEAK_FLOPS.items() if name in prepare.device_name(device)), None)
     log_seconds = max(LOG_SECONDS, contract.time_budget / 100)  # a log stays under 20 kB
     queued = []  # (loss, event) of steps that may still run
-    step = done = logged = 0  # steps begun, finished, and finished at the last log line
-    elapsed = dt = logged_at = 0.0
+    done = logged = 0  # steps finished, and finished at the last log line
+    elapsed = logged_at = 0.0
     batches = [next(loader) for _ in range(accumulation)]
     synchronize()
     start = time.monotonic()
     while queued or elapsed < contract.time_budget:
-        ahead = elapsed + len(queued) * dt  # when the next step will begin
+        ahead = elapsed + len(queued) * elapsed / max(done, 1)  # when the next step will begin
         if ahead < contract.time_budget:
-            set_schedules(optimizer, step, ahead / contract.time_budget)
+            set_schedules(optimizer, done + len(queued), ahead / contract.time_budget)
             with autocast:
                 loss = train_step(model, optimizer, batches)
             finished = None
@@ -675,7 +645,6 @@ def main():
                 loss, finished = loss.to("cpu", non_blocking=True), torch.cuda.Event()
                 finished.record()
             queued.append((loss, finished))
-            step += 1
             batches = [next(loader) for _ in range(accumulation)]
             if finished and len(queued) == 1:
                 continue
@@ -684,7 +653,6 @@ def main():
             finished.synchronize()
         loss = loss.item()
         done, elapsed = done + 1, time.monotonic() - start
-        dt = elapsed / done
         if not loss <= 100:
             raise prepare.Failure(f"loss {loss:.6g} at step {done} (NaN, infinite or above 100: training diverged; "
                                   "lower a learning rate or undo the last change)")
@@ -702,15 +670,15 @@ def main():
     with autocast:
         bpb = prepare.evaluate_bpb(model, tokenizer, EVAL_BATCH_SIZE[kind])
     loader.close()
-    mfu = 100 * flops * step / (elapsed * peak) if peak else 0.0
+    mfu = 100 * flops * done / (elapsed * peak) if peak else 0.0
     print(summary({
         f"{split}_bpb": f"{bpb:.6f}",
         "training_seconds": f"{elapsed:.1f}",
         "total_seconds": f"{time.monotonic() - began:.1f}",
         "peak_vram_mb": f"{prepare.peak_memory_mb(device):.1f}",
         "mfu_percent": f"{mfu:.2f}",
-        "total_tokens_M": f"{step * step_tokens / 1e6:.1f}",
-        "num_steps": step,
+        "total_tokens_M": f"{done * step_tokens / 1e6:.1f}",
+        "num_steps": done,
         "num_params_M": f"{n_params / 1e6:.1f}",
         "depth": n_layer,
         "seed": seed,

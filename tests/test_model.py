@@ -202,7 +202,8 @@ def test_the_value_residual_is_gated_per_kv_head_and_its_gate_starts_at_1():
     x, ve = torch.randn(2, 7, 64), torch.randn(2, 7, 64)
     plain = attn.c_v(x)
     with torch.no_grad():
-        attn.ve_gate.weight.zero_()  # as init_weights leaves it
+        attn.ve_gate.weight.zero_()  # as init_weights leaves them
+        attn.attn_gate.weight.zero_()
     cos, sin = train.rotary(7, 32, 10_000)
     torch.testing.assert_close(attn(x, ve, cos, sin), attn.c_proj(plain + ve))
     torch.testing.assert_close(attn(x, None, cos, sin), attn.c_proj(plain))
@@ -221,7 +222,8 @@ def by_hand(model, idx):
     B, T = idx.shape
     config, weights = model.config, dict(model.named_parameters())
     H, D = config.n_head, config.n_embd // config.n_head
-    x = x0 = rms(weights["wte.weight"][idx] + weights["bigram.weight"][train.bigram_hash(idx, config.bigram_rows)])
+    rows = train.bigram_hash(idx, config.bigram_rows) if config.bigram_rows else None
+    x = x0 = rms(weights["wte.weight"][idx] + (0 if rows is None else weights["bigram.weight"][rows]))
     angles = torch.arange(T)[:, None] * train.ROPE_BASE ** -(torch.arange(D // 2) / (D // 2))
     turn = torch.polar(torch.ones(()), -angles)[None, :, None, :]
 
@@ -234,22 +236,24 @@ def by_hand(model, idx):
         layer = {name.removeprefix(f"h.{i}."): w for name, w in weights.items() if name.startswith(f"h.{i}.")}
         y = rms(x)
         q, k, v = ((y @ layer[f"attn.c_{name}.weight"].T).view(B, T, H, D) for name in "qkv")
+        first = y[..., : train.GATE_CHANNELS]
         if i in (1, 3):  # of four
-            gate = 2 * torch.sigmoid(y[..., : train.GATE_CHANNELS] @ layer["attn.ve_gate.weight"].T)
-            ve = weights[f"value_embeds.{i}.weight"][idx]
-            if config.bigram_value_rows:
-                ve = ve + weights["bigram_values.weight"][train.bigram_hash(idx, config.bigram_value_rows)]
+            gate = 2 * torch.sigmoid(first @ layer["attn.ve_gate.weight"].T)
+            ve = weights[f"value_embeds.{i // 2}.weight"][idx]
+            if rows is not None:
+                ve = ve + weights["bigram_values.weight"][rows]
             v = v + gate[..., None] * ve.view(B, T, H, D)
-        y = explicit_attention(rope(q), rope(k), v, window).reshape(B, T, -1)
+        y = explicit_attention(rope(q), rope(k), v, window)
+        y = (y * 2 * torch.sigmoid(first @ layer["attn.attn_gate.weight"].T)[..., None]).reshape(B, T, -1)
         x = x + y @ layer["attn.c_proj.weight"].T
         x = x + (rms(x) @ layer["mlp.c_fc.weight"].T).clamp_min(0) ** 2 @ layer["mlp.c_proj.weight"].T
     logits = rms(x) @ weights["lm_head.weight"].T
     return train.SOFTCAP * torch.tanh(logits / train.SOFTCAP)
 
 
-@pytest.mark.parametrize("bigram_value_rows", [0, 300])
-def test_the_network_is_the_one_of_its_description_forward_and_backward(bigram_value_rows):
-    model, idx = built(bigram_rows=1000, bigram_value_rows=bigram_value_rows), some_tokens()
+@pytest.mark.parametrize("bigram_rows", [0, 1000])
+def test_the_network_is_the_one_of_its_description_forward_and_backward(bigram_rows):
+    model, idx = built(bigram_rows=bigram_rows), some_tokens()
     torch.testing.assert_close(model(idx), by_hand(model, idx), rtol=1e-4, atol=1e-4)
     parameters = list(model.parameters())
     seen = torch.autograd.grad(model(idx).square().mean(), parameters)
@@ -282,7 +286,7 @@ def test_a_context_shorter_than_the_longest_gives_the_same_logits():
 
 
 def test_later_tokens_change_no_earlier_logit():
-    model, idx = built(bigram_rows=1000, bigram_value_rows=300), some_tokens(B=1)
+    model, idx = built(bigram_rows=1000), some_tokens(B=1)
     changed = idx.repeat(23, 1)
     for cut in range(23):
         changed[cut, cut + 1 :] = (idx[0, cut + 1 :] + 1) % CONFIG.vocab_size
@@ -304,16 +308,16 @@ def test_the_bigram_hash_sees_a_token_and_the_one_before_it_and_spreads_their_pa
     assert counts.max() < 4 * 10_000 / 997  # four times an even spread
 
 
-def test_init_weights_fills_every_parameter_and_buffer_of_a_model_built_on_the_meta_device():
+def test_init_weights_fills_every_parameter_of_a_model_built_on_the_meta_device():
     with torch.device("meta"):
-        model = train.GPT(dataclasses.replace(CONFIG, bigram_rows=1000, bigram_value_rows=300))
-    assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
+        model = train.GPT(dataclasses.replace(CONFIG, bigram_rows=1000))
+    assert all(t.is_meta for t in model.parameters())
     model.to_empty(device="cpu")
     with torch.no_grad():
-        for t in [*model.parameters(), *model.buffers()]:
+        for t in model.parameters():
             t.fill_(math.nan)
     model.init_weights()
-    assert all(t.isfinite().all() for t in [*model.parameters(), *model.buffers()])
+    assert all(t.isfinite().all() for t in model.parameters())
     train.choose_attention(torch.device("cpu"))
     loss = model(some_tokens(), some_tokens(seed=1))
     assert abs(loss.item() - math.log(50)) < 0.02  # it begins by knowing nothing
@@ -328,5 +332,5 @@ def test_a_parameter_that_init_weights_forgets_is_an_error_that_names_it():
 
 def test_flops_per_token_count_matrices_and_visible_keys():
     model = built()
-    matrices = 4 * 12 * 64 * 64 + 2 * 2 * train.GATE_CHANNELS + 50 * 64  # layers, gates, lm_head
+    matrices = 4 * 12 * 64 * 64 + (2 + 4) * 2 * train.GATE_CHANNELS + 50 * 64  # layers, gates, lm_head
     assert model.flops_per_token() == 6 * matrices + 12 * 64 * (6 + 24 + 6 + 24)

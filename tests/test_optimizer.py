@@ -179,7 +179,7 @@ def test_a_parameter_without_a_gradient_stays_as_it_is():
 
 @pytest.mark.parametrize("n_layer, bigram_rows", [(1, 0), (4, 100)])
 def test_the_groups_cover_exactly_the_parameters(n_layer, bigram_rows):
-    model = train.GPT(train.GPTConfig(50, 16, n_layer, 2, 2, 64, (16,) * n_layer, bigram_rows, bigram_rows))
+    model = train.GPT(train.GPTConfig(50, 16, n_layer, 2, 2, 64, (16,) * n_layer, bigram_rows))
     groups = train.parameter_groups(model)
     grouped = [p for group in groups for p in group["params"]]
     assert len(grouped) == len(set(grouped)) and set(grouped) == set(model.parameters())
@@ -198,7 +198,7 @@ def test_a_parameter_in_no_group_or_in_two_is_an_error_that_names_it():
     with pytest.raises(prepare.Failure, match=r"it does not for extra\.weight$"):
         train.parameter_groups(model)
     model = train.GPT(CONFIG)
-    model.h[0].table = model.value_embeds["1"]
+    model.h[0].table = model.value_embeds[1]
     with pytest.raises(prepare.Failure, match=r"it does not for value_embeds\.1\.weight$"):
         train.parameter_groups(model)
 
@@ -223,6 +223,14 @@ def test_changing_scalars_compile_nothing_anew(monkeypatch):
     torch._dynamo.reset()
 
 
+def muon_options(step, progress=0.0):
+    """Momentum and weight decay of Muon's groups."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1)
+    optimizer.param_groups[0] |= {"kind": "muon", "initial_lr": 1}
+    train.set_schedules(optimizer, step, progress)
+    return optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["weight_decay"]
+
+
 def test_schedules_have_their_stated_values_at_both_ends():
     assert train.lr_multiplier(0.0) == 1.0 and train.lr_multiplier(1 - train.WARMDOWN_RATIO) == pytest.approx(1.0)
     assert train.lr_multiplier(1.0) == train.lr_multiplier(1.7) == train.FINAL_LR_FRAC
@@ -231,12 +239,12 @@ def test_schedules_have_their_stated_values_at_both_ends():
     values = [train.lr_multiplier(i / 1000) for i in range(1001)]
     steepest = (1 - train.FINAL_LR_FRAC) / train.WARMDOWN_RATIO / 1000
     assert all(0 <= a - b <= steepest * 1.001 for a, b in zip(values, values[1:]))  # never up, no jump
-    assert (train.muon_momentum(0), train.muon_momentum(train.MUON_RAMP)) == train.MUON_MOMENTUM
-    assert train.muon_momentum(10**6) == train.MUON_MOMENTUM[1]
-    assert train.muon_momentum(train.MUON_RAMP // 2) == pytest.approx(sum(train.MUON_MOMENTUM) / 2)
-    assert train.muon_weight_decay(0.0) == train.MUON_WEIGHT_DECAY
-    assert train.muon_weight_decay(0.5) == pytest.approx(train.MUON_WEIGHT_DECAY / 2)
-    assert train.muon_weight_decay(1.0) == train.muon_weight_decay(1.1) == 0
+    assert (muon_options(0)[0], muon_options(train.MUON_RAMP)[0]) == train.MUON_MOMENTUM
+    assert muon_options(10**6)[0] == train.MUON_MOMENTUM[1]
+    assert muon_options(train.MUON_RAMP // 2)[0] == pytest.approx(sum(train.MUON_MOMENTUM) / 2)
+    assert muon_options(0, 0.0)[1] == train.MUON_WEIGHT_DECAY
+    assert muon_options(0, 0.5)[1] == pytest.approx(train.MUON_WEIGHT_DECAY / 2)
+    assert muon_options(0, 1.0)[1] == muon_options(0, 1.1)[1] == 0
 
 
 def test_schedules_without_a_warmdown_or_a_ramp_are_constant(monkeypatch):
@@ -244,7 +252,7 @@ def test_schedules_without_a_warmdown_or_a_ramp_are_constant(monkeypatch):
     monkeypatch.setattr(train, "MUON_RAMP", 0)
     assert [train.lr_multiplier(progress) for progress in (0.0, 0.5, 0.999)] == [1.0, 1.0, 1.0]
     assert train.lr_multiplier(1.0) == train.FINAL_LR_FRAC
-    assert train.muon_momentum(1) == train.MUON_MOMENTUM[1]
+    assert muon_options(1)[0] == train.MUON_MOMENTUM[1]
 
 
 def test_set_schedules_reaches_every_group():
