@@ -215,8 +215,7 @@ def rotate(x, cos, sin):
 
 def bigram_hash(idx, rows):
     """Row of each position's (previous token, token) pair in a table, int64 (B, T) below `rows`; causal."""
-    previous = F.pad(idx[:, :-1], (1, 0))
-    return (previous * 1_000_003 + idx * 92_821) % rows
+    return (F.pad(idx[:, :-1], (1, 0)) * 1_000_003 + idx * 92_821) % rows
 
 
 def gate(linear, x):
@@ -322,13 +321,9 @@ class GPT(nn.Module):
             block.compile(dynamic=False)
         self.embed, self.head = torch.compile(self.embed, dynamic=False), torch.compile(self.head, dynamic=False)
 
-    def embed(self, idx):
+    def embed(self, idx, bigram, more):
         """idx (B, T) -> x0 (B, T, C), and for each layer that has one its value embedding (B, T, Hkv * D)."""
-        x, more = self.wte(idx), 0
-        if self.bigram is not None:
-            rows = bigram_hash(idx, self.config.bigram_rows)
-            x, more = x + self.bigram(rows), self.bigram_values(rows)
-        return norm(x), [table(idx) + more for table in self.value_embeds]
+        return norm(self.wte(idx) + bigram), [table(idx) + more for table in self.value_embeds]
 
     def head(self, x, targets):
         """x (B, T, C) -> logits (B, T, V) float32, or with targets (B, T) the mean loss."""
@@ -340,7 +335,11 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         cos, sin = rotary(idx.size(1), self.config.n_embd // self.config.n_head, ROPE_BASE, idx.device)
-        x0, values = self.embed(idx)
+        bigram = more = 0
+        if self.bigram is not None:  # looked up here, because compiled code would make a float32 gradient of a table
+            rows = bigram_hash(idx, self.config.bigram_rows)
+            bigram, more = self.bigram(rows), self.bigram_values(rows)
+        x0, values = self.embed(idx, bigram, more)
         x = x0
         for i, (block, *lambdas) in enumerate(zip(self.h, self.resid_lambdas.unbind(), self.x0_lambdas.unbind())):
             ve = values.pop(0) if has_value_embedding(i, self.config.n_layer) else None
@@ -570,6 +569,8 @@ def main():
     device = prepare.default_device()
     kind = device.type
     torch.set_float32_matmul_precision("high")
+    if kind == "cuda":  # the CPU has little to do: waking a hundred threads for it would take longer than the work
+        torch.set_num_threads(min(16, torch.get_num_threads()))
     dtype = compute_dtype(device)
     autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
     synchronize = torch.cuda.synchronize if kind == "cuda" else torch.mps.synchronize if kind == "mps" else lambda: None
@@ -660,8 +661,7 @@ def main():
             gc.collect()
             gc.freeze()
             gc.disable()
-        last = not queued and elapsed >= contract.time_budget
-        if done == 1 or last or elapsed - logged_at >= log_seconds:
+        if done == 1 or elapsed - logged_at >= log_seconds or (not queued and elapsed >= contract.time_budget):
             print(log_line(done, loss, elapsed, (elapsed - logged_at) / (done - logged), contract.time_budget,
                            step_tokens, flops, peak, batches[-1][2]))
             logged, logged_at = done, elapsed
