@@ -618,7 +618,8 @@ def _forked(function: Callable, count: int) -> Iterator[Callable]:
         try:
             pipe.send(argument)
             return pipe.recv()
-        except (EOFError, OSError) as error:
+        except Exception as error:
+            pipe.close()  # half a message may be left in it
             raise Failure("a worker process died, perhaps of too little memory; run the same command again") from error
         finally:
             idle.put(pipe)
@@ -627,8 +628,9 @@ def _forked(function: Callable, count: int) -> Iterator[Callable]:
     try:
         for _ in range(count):
             ours, theirs = context.Pipe()
-            processes.append(context.Process(target=serve, args=(ours, theirs), daemon=True))
-            processes[-1].start()
+            process = context.Process(target=serve, args=(ours, theirs), daemon=True)
+            process.start()
+            processes.append(process)
             theirs.close()
             idle.put(ours)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -641,10 +643,10 @@ def _forked(function: Callable, count: int) -> Iterator[Callable]:
 
 
 def _tokenize(tokenizer: Tokenizer, name: str, manifest: Manifest) -> None:
-    """Encode a parquet file on all cores to NAME.tokens (uint16) and NAME.offsets (int64, documents + 1), once."""
+    """Encode a parquet file to NAME.tokens (uint16) and NAME.offsets (int64, documents + 1), on MAX_WORKERS cores."""
     if _is_tokenized(manifest, name):
         return
-    tokens, cores, lengths, pending = manifest.derived(f"{name}.tokens"), os.cpu_count() or 1, [0], []
+    tokens, lengths, pending = manifest.derived(f"{name}.tokens"), [0], []
     tokens.parent.mkdir(exist_ok=True)
     metadata = pq.read_metadata(manifest.parquet(name))
     size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
@@ -654,7 +656,7 @@ def _tokenize(tokenizer: Tokenizer, name: str, manifest: Manifest) -> None:
         documents = tokenizer.documents(texts.to_pylist())
         return np.concatenate(documents).tobytes(), [*map(len, documents)]
 
-    threads = min(cores, MAX_WORKERS)
+    threads = min(os.cpu_count() or 1, MAX_WORKERS)  # tiktoken lets go of the GIL, but is a quarter slower in threads
     workers = min(threads, size // WORKER_BYTES) if sys.platform == "linux" else 0  # macOS has no safe fork
     with (_forked(encode, workers) if workers > 1 else contextlib.nullcontext(encode) as encode,
           _replacing(tokens) as temporary, open(temporary, "wb") as file, ThreadPoolExecutor(threads) as pool):
@@ -665,7 +667,7 @@ def _tokenize(tokenizer: Tokenizer, name: str, manifest: Manifest) -> None:
             lengths.extend(counts)
 
         for texts in _read_texts(manifest, name):
-            pending.append(pool.submit(encode, texts))  # tiktoken lets go of the GIL, but threads slow it down
+            pending.append(pool.submit(encode, texts))
             progress.add(texts.nbytes / 1e6)
             if len(pending) > 3 * threads:
                 write()
@@ -797,6 +799,8 @@ def _locked(folder: Path) -> Iterator[None]:
             print(f"another process is preparing {folder}; waiting for it", flush=True)
             lock.acquire()
         yield
+    except BrokenPipeError:  # stdout's, see run_main
+        raise
     except OSError as error:
         raise Failure(f"cannot read or write the cache {folder} ({error}). Free some disk, or move the cache with "
                       "AUTORESEARCH_CACHE; what is complete is kept.") from error

@@ -35,9 +35,9 @@ DEVICE_BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 8}  # rows at once; halved in
 EVAL_BATCH_SIZE = {"cuda": 32, "mps": 8, "cpu": 32}  # rows at once
 WINDOW_PATTERN = {"cuda": "SSSSL", "mps": "L", "cpu": "L"}  # tiled over the layers; the last layer is always L
 BIGRAM_ROWS = {"cuda": 2**19, "mps": 2**14, "cpu": 2**14}  # rows of each of the two hashed bigram tables; 0: none
-COMPILE = {"cuda": True, "mps": False, "cpu": False}
+COMPILE = {"cuda": True, "mps": False, "cpu": False}  # a CPU needs a C++ compiler, and minutes the first time
 
-# Model
+# Model. Values: what 125 experiments of an agent made of the reference design, then README, Results
 SHORT_WINDOW = 256  # keys before its own that a query of an S layer sees; L layers see all
 ROPE_BASE = 200_000
 SOFTCAP = 15  # logits stay within +-SOFTCAP
@@ -55,8 +55,10 @@ MUON_WEIGHT_DECAY = 0.2  # falls linearly to 0
 EMBEDDING_LR = 0.9  # token and value embeddings, at width 768
 BIGRAM_LR = 0.25  # of both bigram tables, times EMBEDDING_LR
 UNEMBEDDING_LR = 0.005  # at width 768
-SCALAR_LR = 0.5  # x0 lambdas; resid lambdas a hundredth
+X0_LR = 0.5  # x0 lambdas
+RESID_LR = 0.005  # resid lambdas
 ADAM_BETAS = (0.8, 0.95)
+X0_BETAS = (0.96, 0.95)  # ADAM_BETAS of the x0 lambdas
 ADAM_EPS = 1e-10
 WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.01, "bigram": 0.02}  # AdamW's
 
@@ -321,9 +323,9 @@ class GPT(nn.Module):
             block.compile(dynamic=False)
         self.embed, self.head = torch.compile(self.embed, dynamic=False), torch.compile(self.head, dynamic=False)
 
-    def embed(self, idx, bigram, more):
-        """idx (B, T) -> x0 (B, T, C), and for each layer that has one its value embedding (B, T, Hkv * D)."""
-        return norm(self.wte(idx) + bigram), [table(idx) + more for table in self.value_embeds]
+    def embed(self, idx, bigram, bigram_value):
+        """idx (B, T), bigram (B, T, C) and bigram_value (B, T, Hkv * D) or 0 -> x0 (B, T, C), value embeddings."""
+        return norm(self.wte(idx) + bigram), [table(idx) + bigram_value for table in self.value_embeds]
 
     def head(self, x, targets):
         """x (B, T, C) -> logits (B, T, V) float32, or with targets (B, T) the mean loss."""
@@ -335,11 +337,11 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         cos, sin = rotary(idx.size(1), self.config.n_embd // self.config.n_head, ROPE_BASE, idx.device)
-        bigram = more = 0
+        bigram = bigram_value = 0
         if self.bigram is not None:  # looked up here, because compiled code would make a float32 gradient of a table
             rows = bigram_hash(idx, self.config.bigram_rows)
-            bigram, more = self.bigram(rows), self.bigram_values(rows)
-        x0, values = self.embed(idx, bigram, more)
+            bigram, bigram_value = self.bigram(rows), self.bigram_values(rows)
+        x0, values = self.embed(idx, bigram, bigram_value)
         x = x0
         for i, (block, *lambdas) in enumerate(zip(self.h, self.resid_lambdas.unbind(), self.x0_lambdas.unbind())):
             ve = values.pop(0) if has_value_embedding(i, self.config.n_layer) else None
@@ -367,7 +369,7 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(matrices, dtype):
-    """Nearest semi-orthogonal matrix of each of (N, rows, cols), about: singular values go near 1. Returns `dtype`."""
+    """Nearest semi-orthogonal matrix of each of (N, rows, cols), about: singular values go near 1; works in `dtype`."""
     x = matrices.to(dtype)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
@@ -393,8 +395,7 @@ def muon_step(params, grads, momentum_buffer, second_moment, momentum, lr, weigh
     second_moment.mul_(beta2).add_(power * (1 - beta2))
     scaled = u * second_moment.clamp_min(1e-10).rsqrt()
     u = scaled * (u.norm(dim=(-2, -1), keepdim=True) / scaled.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
-    lr = lr * max(1, rows / cols) ** 0.5
-    params.sub_(lr * (u + weight_decay * params * (u * params > 0)))
+    params.sub_(lr * max(1, rows / cols) ** 0.5 * (u + weight_decay * params * (u * params > 0)))
 
 
 def adamw_step(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay):
@@ -468,8 +469,8 @@ def parameter_groups(model):
         adamw(model.lm_head.parameters(), UNEMBEDDING_LR * scale, weight_decay=WEIGHT_DECAY["lm_head"]),
         adamw(model.wte.parameters(), EMBEDDING_LR * scale, weight_decay=WEIGHT_DECAY["wte"]),
         adamw(model.value_embeds.parameters(), EMBEDDING_LR * scale, weight_decay=WEIGHT_DECAY["value_embeds"]),
-        adamw([model.resid_lambdas], SCALAR_LR * 0.01),
-        adamw([model.x0_lambdas], SCALAR_LR, betas=(0.96, 0.95)),
+        adamw([model.resid_lambdas], RESID_LR),
+        adamw([model.x0_lambdas], X0_LR, betas=X0_BETAS),
     ]
     if model.bigram is not None:
         groups.append(adamw([model.bigram.weight, model.bigram_values.weight], BIGRAM_LR * EMBEDDING_LR * scale,
@@ -530,9 +531,8 @@ def build(config, device, dtype, compiled, seed):
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=device)
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.to(dtype)
+    for table in (module for module in model.modules() if isinstance(module, nn.Embedding)):
+        table.to(dtype)
     torch.manual_seed(seed)
     model.init_weights()
     return model, MuonAdamW(parameter_groups(model), compiled, dtype)
@@ -575,8 +575,8 @@ def main():
     autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
     synchronize = torch.cuda.synchronize if kind == "cuda" else torch.mps.synchronize if kind == "mps" else lambda: None
     backend, reason = choose_attention(device, ATTENTION)
-    print(f"device: {prepare.device_name(device)}, {str(dtype).removeprefix('torch.')}")
-    print(f"attention: {backend} ({reason})")
+    name = prepare.device_name(device)
+    print(f"device: {name}, {str(dtype).removeprefix('torch.')}\nattention: {backend} ({reason})")
 
     # Data and model
     tokenizer = prepare.prepare(contract)
@@ -602,8 +602,9 @@ def main():
         try:
             for _ in range(WARMUP_STEPS):
                 noise = torch.randint(config.vocab_size, (rows, T + 1), device=device)
-                with autocast:
-                    loss = train_step(model, optimizer, [(noise[:, :-1].contiguous(), noise[:, 1:].contiguous())])
+                batches = [(noise[:, :-1].contiguous(), noise[:, 1:].contiguous())] * min(2, step_tokens // (rows * T))
+                with autocast:  # two batches take as much memory as any number of them: the second meets gradients
+                    loss = train_step(model, optimizer, batches)
             loss.item()
             break
         except RuntimeError as error:
@@ -620,14 +621,13 @@ def main():
     torch.manual_seed(seed)
     model.init_weights()
     if kind == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
     # The clock: every step counts. On CUDA the host reads a step's loss after queueing the next, so nobody waits for it
     loader = prepare.make_dataloader(tokenizer, rows, T, "train", device=device)
     accumulation = step_tokens // (rows * T)
     flops = model.flops_per_token() * step_tokens
-    peak = next((value for name, value in PEAK_FLOPS.items() if name in prepare.device_name(device)), None)
+    peak = next((value for part, value in PEAK_FLOPS.items() if f"{part} " in f"{name} ".replace("-", " ")), None)
     log_seconds = max(LOG_SECONDS, contract.time_budget / 100)  # a log stays under 20 kB
     queued = []  # (loss, event) of steps that may still run
     done = logged = 0  # steps finished, and finished at the last log line
@@ -683,7 +683,7 @@ def main():
         "depth": n_layer,
         "seed": seed,
         "contract": prepare.fingerprint(contract),
-        "device": prepare.device_name(device),
+        "device": name,
         "attention": backend,
     }))
 

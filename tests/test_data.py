@@ -552,6 +552,17 @@ def test_a_worker_that_is_killed_is_one_line_and_the_next_run_ends_good(
     assert cache_state(cache) == good
 
 
+@on_linux
+def test_a_fork_that_fails_is_one_line(command, cache, good, hub, workers, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fork", lambda: exec("raise BlockingIOError(11, 'Resource temporarily unavailable')"))
+        code, output = command()
+    assert code == 1 and "Resource temporarily unavailable" in output.splitlines()[-1]
+    assert output.splitlines()[-1].startswith("FAIL: ") and not list(cache.rglob("*.tmp"))
+    assert command()[0] == 0
+    assert cache_state(cache) == good
+
+
 def test_the_real_command_says_what_failed_without_a_traceback_and_does_not_flood_a_log(shards, tmp_path):
     environment = dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), AUTORESEARCH_CONTRACT="climbmix")
     done = run("-c", CLI, HF_ENDPOINT=f"http://127.0.0.1:{closed_port()}", **environment)

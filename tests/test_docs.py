@@ -249,6 +249,12 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(clone):
     assert shell("git status --short", folder, env) == " M README.md\n"
     assert shell(f"git show tried/{worse}:train.py", folder, env) == original + "# worse\n"
 
+    # The machine had been slower: the attempt comes back from its tag, and loses again
+    shell(inline("git merge").replace("HASH", worse), folder, env)
+    assert head() == worse and train_py.read_text() == original + "# worse\n"
+    do("tried/$(git")
+    assert head() == baseline and train_py.read_text() == original
+
     # A crash: fixed once with --amend, still broken, a row with empty cells
     train_py.write_text("raise RuntimeError('too wide')\n")
     first = attempt("")

@@ -209,6 +209,27 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_losses_are_those_of_the_sma
     assert all(shapes == [(4, 32)] * 4 for _, shapes in halved)
 
 
+def test_warm_up_rehearses_a_second_batch_beside_the_gradients_of_the_first(small, monkeypatch, capsys):
+    """As where one batch of 8 rows fits, but not while the gradients of another are there."""
+    def refuse(model, optimizer, batches):
+        if len(batches) > 1 and len(batches[0][0]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setitem(train.DEVICE_BATCH_SIZE, "cpu", 8)
+    seen = watch_steps(monkeypatch, small, before=refuse)
+    train.main()
+    assert "out of memory: now DEVICE_BATCH_SIZE is 4, with 4 batches per step\n" in capsys.readouterr().out
+    assert seen[-1][1] == [(4, 32)] * 4
+
+
+@pytest.mark.parametrize("name, known", [
+    ("NVIDIA H200", True), ("NVIDIA A100-SXM4-80GB", True), ("NVIDIA RTX A1000 Laptop GPU", False), ("a cpu", False)])
+def test_mfu_is_told_only_for_a_device_whose_peak_is_known(name, known, steps, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "device_name", lambda device: name)
+    train.main()
+    assert ("mfu: n/a" in capsys.readouterr().out) != known
+
+
 def test_an_odd_batch_shrinks_to_one_that_divides_the_tokens_per_step(small, monkeypatch, capsys):
     monkeypatch.setitem(train.DEVICE_BATCH_SIZE, "cpu", 15)
     monkeypatch.setitem(train.TOTAL_BATCH_SIZE, "cpu", 15 * 32)
@@ -440,10 +461,11 @@ def test_ctrl_c_ends_in_one_line(demo_cache):
     assert (process.returncode, errors) == (1, "FAIL: interrupted\n")
 
 
-def test_a_closed_pipe_ends_quietly(demo_cache):
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_closed_pipe_ends_quietly(prepared, demo_cache, tmp_path):
     command = f"{sys.executable} train.py | head -n 1"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=200,
-                          env=demo_environment(demo_cache, PATH="/usr/bin:/bin"))
+                          env=demo_environment(demo_cache if prepared else tmp_path, PATH="/usr/bin:/bin"))
     assert done.stdout.startswith("contract: demo (") and done.stdout.count("\n") == 1
     assert done.stderr == ""
 
