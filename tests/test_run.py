@@ -461,11 +461,12 @@ def test_ctrl_c_ends_in_one_line(demo_cache):
     assert (process.returncode, errors) == (1, "FAIL: interrupted\n")
 
 
-@pytest.mark.parametrize("prepared", [True, False])
-def test_a_closed_pipe_ends_quietly(prepared, demo_cache, tmp_path):
-    command = f"{sys.executable} train.py | head -n 1"
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=200,
-                          env=demo_environment(demo_cache if prepared else tmp_path, PATH="/usr/bin:/bin"))
+@pytest.mark.parametrize("script", ["train.py", "prepare.py"])
+def test_a_closed_pipe_ends_quietly(script, demo_cache, tmp_path):
+    """prepare.py meets it while it prepares, under the cache's lock."""
+    cache = demo_cache if script == "train.py" else tmp_path
+    done = subprocess.run(["bash", "-c", f"{sys.executable} {script} | head -n 1"], cwd=ROOT, capture_output=True,
+                          text=True, timeout=200, env=demo_environment(cache, PATH="/usr/bin:/bin"))
     assert done.stdout.startswith("contract: demo (") and done.stdout.count("\n") == 1
     assert done.stderr == ""
 
