@@ -548,7 +548,7 @@ def _read_texts(manifest: Manifest, name: str) -> Iterator[pa.Array]:
     path = manifest.parquet(name)
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=128, columns=["text"], use_threads=False):
+            for batch in file.iter_batches(batch_size=512, columns=["text"], use_threads=False):
                 batch.validate(full=True)  # is it UTF-8?
                 yield batch.column(0)
     except (pa.ArrowException, OSError, ValueError) as error:
