@@ -599,10 +599,11 @@ def main():
 
     # Warm-up on random tokens: compile, find the batch that fits, let the exam refuse a broken model; no trace is left
     while True:
+        accumulation = step_tokens // (rows * T)
         try:
             for _ in range(WARMUP_STEPS):
                 noise = torch.randint(config.vocab_size, (rows, T + 1), device=device)
-                batches = [(noise[:, :-1].contiguous(), noise[:, 1:].contiguous())] * min(2, step_tokens // (rows * T))
+                batches = [(noise[:, :-1].contiguous(), noise[:, 1:].contiguous())] * min(2, accumulation)
                 with autocast:  # two batches take as much memory as any number of them: the second meets gradients
                     loss = train_step(model, optimizer, batches)
             loss.item()
@@ -625,7 +626,6 @@ def main():
 
     # The clock: every step counts. On CUDA the host reads a step's loss after queueing the next, so nobody waits for it
     loader = prepare.make_dataloader(tokenizer, rows, T, "train", device=device)
-    accumulation = step_tokens // (rows * T)
     flops = model.flops_per_token() * step_tokens
     peak = next((value for part, value in PEAK_FLOPS.items() if f"{part} " in f"{name} ".replace("-", " ")), None)
     log_seconds = max(LOG_SECONDS, contract.time_budget / 100)  # a log stays under 20 kB

@@ -40,6 +40,7 @@ import prepare
 
 SMALL = dataclasses.replace(TINY, name="climbmix")  # takes climbmix's place in the real command
 SHARDS = [f"shard_{number:05d}.parquet" for number in range(5)]
+PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # where the scripts below find what they import
 CLI = """
 import prepare, test_data
 prepare.CONTRACTS["climbmix"] = test_data.SMALL
@@ -476,8 +477,7 @@ print(*codes)
 
 def in_processes(hub: Hub, *arguments: object) -> list[int]:
     """Run KILLS; returns the exit codes of its children, a negative one for a signal."""
-    done = run("-c", KILLS, *map(str, arguments), HF_ENDPOINT=hub.url,
-               PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    done = run("-c", KILLS, *map(str, arguments), HF_ENDPOINT=hub.url, PYTHONPATH=PYTHONPATH)
     assert done.returncode == 0, done.stderr
     return [int(code) for code in done.stdout.split()]
 
@@ -522,8 +522,7 @@ prepare.run_main""").replace("import ", "import time, ")
 @on_linux
 @pytest.mark.parametrize("kill, code, said", [(signal.SIGKILL, -9, ""), (signal.SIGINT, 1, "FAIL: interrupted\n")])
 def test_no_worker_outlives_its_parent_or_says_a_word_of_its_own(kill, code, said, hub, command, cache, good):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | dict(PYTHONPATH=path, AUTORESEARCH_CONTRACT="climbmix", HF_ENDPOINT=hub.url)
+    environment = os.environ | dict(PYTHONPATH=PYTHONPATH, AUTORESEARCH_CONTRACT="climbmix", HF_ENDPOINT=hub.url)
     with subprocess.Popen([sys.executable, "-c", SLOW], env=environment, text=True, start_new_session=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while process.stdout.readline() != "working\n":
@@ -564,7 +563,7 @@ def test_a_fork_that_fails_is_one_line(command, cache, good, hub, workers, monke
 
 
 def test_the_real_command_says_what_failed_without_a_traceback_and_does_not_flood_a_log(shards, tmp_path):
-    environment = dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), AUTORESEARCH_CONTRACT="climbmix")
+    environment = dict(PYTHONPATH=PYTHONPATH, AUTORESEARCH_CONTRACT="climbmix")
     done = run("-c", CLI, HF_ENDPOINT=f"http://127.0.0.1:{closed_port()}", **environment)
     assert done.returncode == 1 and done.stderr.startswith("FAIL: cannot reach 127.0.0.1:")
     assert "Traceback" not in done.stderr + done.stdout
