@@ -347,6 +347,21 @@ def test_logits_of_a_wrong_kind_are_refused_by_what_was_seen(tiny, wrong, messag
     assert lines() == []
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_logit_that_is_not_finite_in_the_last_row_alone_is_refused(tiny, value):
+    row = np.load(prepare.Manifest(prepare.active_contract()[0]).derived("val.npy"))[-1].astype(np.int64)
+    no_target = (row[-1] + 1) % 338  # at the last position
+    small = Small(338)
+
+    def model(x):
+        logits = small(x)
+        logits[(x == torch.from_numpy(row[:-1])).all(dim=1), -1, no_target] = value
+        return logits
+
+    with pytest.raises(prepare.ExamError, match="non-finite logits in one of its batches"):
+        prepare.evaluate_bpb(model, tiny, 4)
+
+
 def test_a_tampered_exam_and_a_missing_one_are_refused(tiny):
     path = prepare.Manifest(TINY).derived("val.npy")
     rows = np.load(path)
@@ -430,7 +445,9 @@ class Hungry(Small):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-                                   RuntimeError("MPS backend out of memory")])
+                                   RuntimeError("MPS backend out of memory"),
+                                   RuntimeError('torch_call_dispatcher( "aten::new_empty", "", stack.data(), '
+                                                "TORCH_ABI_VERSION) API call failed at ops.h, line 117")])
 def test_an_evaluation_that_does_not_fit_halves_its_batch_says_so_and_scores_the_same(tiny, capsys, error):
     expected = prepare.evaluate_bpb(Small(tiny.get_vocab_size()), tiny, 16)
     capsys.readouterr()
