@@ -76,6 +76,7 @@ DOWNLOAD_SECONDS = 300  # for the kernel after that
 BACKENDS: dict = {}  # name of the backend in use -> function; filled by choose_attention
 
 
+@torch.compiler.disable  # a kernel gains nothing by it, and what surrounds it is the same code for all windows
 def attention(q, k, v, window):
     """Causal attention over a sliding window: query t sees keys max(0, t - window) ... t, so window + 1 of them.
 
@@ -203,16 +204,16 @@ def norm(x):
 
 
 def rotary(seq_len, head_dim, base, device=None):
-    """cos and sin, each (1, seq_len, 1, head_dim / 2) float32."""
+    """cos (1, seq_len, 1, 1, head_dim / 2) and sin with both its signs (1, seq_len, 1, 2, head_dim / 2), float32."""
     inverse = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), inverse)[None, :, None, :]
-    return angles.cos(), angles.sin()
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), inverse)[None, :, None, None, :]
+    return angles.cos(), torch.cat([angles, -angles], dim=-2).sin()
 
 
 def rotate(x, cos, sin):
     """Apply RoPE to x (B, T, H, D): each pair (x[d], x[d + D/2]) turns by its position's angle."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+    x = x.unflatten(-1, (2, -1))  # (B, T, H, 2, D/2)
+    return (x * cos + x.flip(-2) * sin).flatten(-2)
 
 
 def bigram_hash(idx, rows):
@@ -228,27 +229,24 @@ def gate(linear, x):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_dim = config.n_embd // config.n_head
-        self.window = config.windows[layer]
-        self.c_q = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=False)
-        self.c_k = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
-        self.attn_gate = nn.Linear(GATE_CHANNELS, self.n_head, bias=False)
+        self.window, self.head_dim = config.windows[layer], config.n_embd // config.n_head
+        self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_k = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
+        self.c_v = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.attn_gate = nn.Linear(GATE_CHANNELS, config.n_head, bias=False)
         if has_value_embedding(layer, config.n_layer):
-            self.ve_gate = nn.Linear(GATE_CHANNELS, self.n_kv_head, bias=False)
+            self.ve_gate = nn.Linear(GATE_CHANNELS, config.n_kv_head, bias=False)
 
     def forward(self, x, ve, cos, sin):
-        B, T, C = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)  # (B, T, H, D)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, Hkv, D)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, Hkv, D)
+        heads = (-1, self.head_dim)
+        q = self.c_q(x).unflatten(-1, heads)  # (B, T, H, D)
+        k, v = self.c_k(x).unflatten(-1, heads), self.c_v(x).unflatten(-1, heads)  # (B, T, Hkv, D)
         if ve is not None:  # value residual (ResFormer, arXiv 2410.17897)
-            v = v + gate(self.ve_gate, x) * ve.view(B, T, self.n_kv_head, self.head_dim)
+            v = v + gate(self.ve_gate, x) * ve.unflatten(-1, heads)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)  # QK norm first: a rotation keeps norms
         y = attention(q.to(v.dtype), k.to(v.dtype), v, self.window)  # (B, T, H, D)
-        return self.c_proj((gate(self.attn_gate, x) * y).reshape(B, T, C))  # gated attention (arXiv 2505.06708)
+        return self.c_proj((gate(self.attn_gate, x) * y).flatten(2))  # gated attention (arXiv 2505.06708)
 
 
 class MLP(nn.Module):
@@ -342,7 +340,7 @@ class GPT(nn.Module):
             rows = bigram_hash(idx, self.config.bigram_rows)
             bigram, bigram_value = self.bigram(rows), self.bigram_values(rows)
         x0, values = self.embed(idx, bigram, bigram_value)
-        x = x0
+        x = x0.clone()  # not x0 itself: two arguments that are one tensor are one more kind of block
         for i, (block, *lambdas) in enumerate(zip(self.h, self.resid_lambdas.unbind(), self.x0_lambdas.unbind())):
             ve = values.pop(0) if has_value_embedding(i, self.config.n_layer) else None
             x = block(x, x0, ve, *lambdas, cos, sin)
@@ -373,10 +371,12 @@ def orthogonalize(matrices, dtype):
     x = matrices.to(dtype)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)  # singular values into (0, 1), less the safety factor
+    length = x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6  # singular values into (0, 1), less the safety factor
+    x = x / length.to(dtype)  # autocast makes the norm float32
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram gram
+        x = torch.baddbmm(x, gram, x, beta=a)  # a x + gram x
     return x.mT if tall else x
 
 
@@ -393,8 +393,8 @@ def muon_step(params, grads, momentum_buffer, second_moment, momentum, lr, weigh
     rows, cols = u.shape[-2:]
     power = u.square().mean(dim=-1 if rows >= cols else -2, keepdim=True)
     second_moment.mul_(beta2).add_(power * (1 - beta2))
-    scaled = u * second_moment.clamp_min(1e-10).rsqrt()
-    u = scaled * (u.norm(dim=(-2, -1), keepdim=True) / scaled.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    u = u * scale * (power.sum((-2, -1), True) / (power * scale.square()).sum((-2, -1), True).clamp_min(1e-20)).sqrt()
     params.sub_(lr * max(1, rows / cols) ** 0.5 * (u + weight_decay * params * (u * params > 0)))
 
 

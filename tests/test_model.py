@@ -112,18 +112,6 @@ def test_gpu_backends_see_their_window_and_nothing_else(name, T):
         assert_visible_keys(backend, T, 64, window, "cuda", torch.bfloat16)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("name", ["varlen", "fa3", "sdpa"])
-def test_gpu_backends_compile_whole_and_stay_the_same(name):
-    backend = gpu_backend(name)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda q, k, v, window: backend(q, k, v, window), dynamic=False, fullgraph=True)
-    for window in (16, 1000):
-        q, k, v = random_qkv(2, 193, 4, 4, 64, "cuda", torch.bfloat16)
-        assert largest_error(compiled, q, k, v, window) < 0.02
-        torch.testing.assert_close(compiled(q, k, v, window), backend(q, k, v, window))
-
-
 def test_rope_keeps_norms_and_scores_depend_on_relative_positions_only():
     q, k = (torch.randn(1, 1, 1, 32, dtype=torch.float64).expand(1, 40, 1, 32) for _ in range(2))
     cos, sin = (table.double() for table in train.rotary(40, 32, 10_000))
@@ -249,6 +237,27 @@ def by_hand(model, idx):
         x = x + (rms(x) @ layer["mlp.c_fc.weight"].T).clamp_min(0) ** 2 @ layer["mlp.c_proj.weight"].T
     logits = rms(x) @ weights["lm_head.weight"].T
     return train.SOFTCAP * torch.tanh(logits / train.SOFTCAP)
+
+
+def test_a_model_in_compiled_parts_is_the_plain_one_and_more_layers_compile_nothing_more(monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+
+    counts, idx, compile = [], some_tokens(), torch.compile
+    for windows in ((5, 24, 5, 24), (5, 24, 5, 24) * 3):
+        model = built(n_layer=len(windows), windows=windows, bigram_rows=1000)
+        parameters = list(model.parameters())
+        logits = model(idx)
+        gradients = torch.autograd.grad(model(idx, idx), parameters)
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", lambda *a, counter=counter, **kw: compile(*a, **kw, backend=counter))
+            model.compile_parts()
+            torch.testing.assert_close(model(idx), logits)
+            torch.testing.assert_close(torch.autograd.grad(model(idx, idx), parameters), gradients)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1] > 4  # embedding and head, and around attention what comes before and after
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("bigram_rows", [0, 1000])
