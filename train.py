@@ -76,7 +76,6 @@ DOWNLOAD_SECONDS = 300  # for the kernel after that
 BACKENDS: dict = {}  # name of the backend in use -> function; filled by choose_attention
 
 
-@torch.compiler.disable  # a kernel gains nothing by it, and what surrounds it is the same code for all windows
 def attention(q, k, v, window):
     """Causal attention over a sliding window: query t sees keys max(0, t - window) ... t, so window + 1 of them.
 
@@ -316,6 +315,8 @@ class GPT(nn.Module):
 
     def compile_parts(self):
         """Compile a block once for all layers of its kind: the time to start does not grow with the depth."""
+        global attention  # stays outside: a kernel gains nothing by it, the rest is the same code for all windows
+        attention = torch.compiler.disable(attention)
         torch._dynamo.config.recompile_limit = 64  # kinds of block x batch shapes x training or not
         for block in self.h:
             block.compile(dynamic=False)
@@ -371,8 +372,7 @@ def orthogonalize(matrices, dtype):
     x = matrices.to(dtype)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
-    length = x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6  # singular values into (0, 1), less the safety factor
-    x = x / length.to(dtype)  # autocast makes the norm float32
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6).to(dtype)  # singular values into (0, 1), with a margin
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram gram
