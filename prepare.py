@@ -946,7 +946,7 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
         return nll.where(weights > 0, 0).cpu().double().sum().item() / (math.log(2) * weights.sum().item())
 
     bpb = _examine(model, score, batch_size)
-    _RUN.write_evidence(contract, split, bpb, _device_of(model))
+    _RUN.write_evidence(contract, split, bpb, rows.device)
     return bpb
 
 

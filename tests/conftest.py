@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import prepare
 
@@ -26,6 +27,18 @@ TINY = dataclasses.replace(
     time_budget=1.0,
     eval_tokens=64 * 32,
 )
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """A counter of what torch.compile compiles; nothing is there at the beginning, and nothing stays."""
+    from torch._dynamo.testing import CompileCounter  # takes a second
+
+    torch._dynamo.reset()
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, **options, backend=counter))
+    yield counter
+    torch._dynamo.reset()
 
 
 def write_shard(path: Path, texts: list[str]) -> None:

@@ -203,13 +203,8 @@ def test_a_parameter_in_no_group_or_in_two_is_an_error_that_names_it():
         train.parameter_groups(model)
 
 
-def test_changing_scalars_compile_nothing_anew(monkeypatch):
+def test_changing_scalars_compile_nothing_anew(compilations):
     """One compilation per kind of step and shape of its tensors, however the options change from step to step."""
-    from torch._dynamo.testing import CompileCounter
-
-    torch._dynamo.reset()
-    counter, compile = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, **options, backend=counter))
     train.choose_attention(CPU)
     model, optimizer = train.build(CONFIG, CPU, torch.float32, True, 0)
     shapes = {(g["kind"], len(g["params"]) if g["kind"] == "muon" else 1, p.shape)
@@ -219,8 +214,7 @@ def test_changing_scalars_compile_nothing_anew(monkeypatch):
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         optimizer.step()
-    assert counter.frame_count == len(shapes)
-    torch._dynamo.reset()
+    assert compilations.frame_count == len(shapes)
 
 
 def muon_options(step, progress=0.0):
