@@ -548,7 +548,7 @@ def _read_texts(manifest: Manifest, name: str) -> Iterator[pa.Array]:
     path = manifest.parquet(name)
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=512, columns=["text"], use_threads=False):
+            for batch in file.iter_batches(batch_size=128, columns=["text"], use_threads=False):
                 batch.validate(full=True)  # is it UTF-8?
                 yield batch.column(0)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -656,7 +656,8 @@ def _tokenize(tokenizer: Tokenizer, name: str, manifest: Manifest) -> None:
         documents = tokenizer.documents(texts.to_pylist())
         return np.concatenate(documents).tobytes(), [*map(len, documents)]
 
-    threads = min(os.cpu_count() or 1, MAX_WORKERS)  # tiktoken lets go of the GIL, but is a quarter slower in threads
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(cores, MAX_WORKERS)  # tiktoken lets go of the GIL, but is a quarter slower in threads
     workers = min(threads, size // WORKER_BYTES) if sys.platform == "linux" else 0  # macOS has no safe fork
     with (_forked(encode, workers) if workers > 1 else contextlib.nullcontext(encode) as encode,
           _replacing(tokens) as temporary, open(temporary, "wb") as file, ThreadPoolExecutor(threads) as pool):

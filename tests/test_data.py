@@ -89,7 +89,7 @@ def cache(monkeypatch, tmp_path) -> Path:
 def workers(monkeypatch):
     """Processes tokenize also shards as small as these, which threads did for `good`."""
     monkeypatch.setattr(prepare, "WORKER_BYTES", 1)
-    monkeypatch.setattr(prepare.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(prepare.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
 
 
 @pytest.fixture
@@ -729,7 +729,7 @@ def test_any_number_of_processes_writes_the_tokens_that_tiktoken_gives_one_by_on
         time.sleep(random.random() / 50)  # they overtake each other
         return documents(tokenizer, texts)
 
-    monkeypatch.setattr(prepare.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(prepare.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     monkeypatch.setattr(prepare.Tokenizer, "documents", elsewhere)
     texts = [*some_texts(0, 3000), None, "", "<|reserved_0|> é" * 3000, *some_texts(1, 500)]
     write_shard(cache / "parquet" / "shard.parquet", texts)
