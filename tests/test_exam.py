@@ -418,7 +418,8 @@ def test_an_honest_causal_fourier_convolution_passes_with_room(tiny, monkeypatch
     model = FourierConvolution(tiny.get_vocab_size(), 32)
     with autocast("cpu", dtype):
         moved = max(largest_deviation(monkeypatch, model, batch_size) for batch_size in (1, 16))
-    assert 0 < moved < prepare.PROBE_TOLERANCE / 2
+    assert moved < prepare.PROBE_TOLERANCE / 2
+    assert moved > 0 or dtype == torch.bfloat16  # whose rounding may swallow it whole, as on some CPUs
 
 
 @pytest.mark.parametrize("mix", [
