@@ -3,10 +3,9 @@ What is being tried: the model, the optimizer, their hyperparameters and the tra
 
     uv run train.py                    (SEED=43 uv run train.py: another seed)
 
-Trains for the contract's TIME_BUDGET, lets prepare.evaluate_bpb score the model and prints a summary; lower val_bpb is
-better. Reads the cache that prepare.py makes (and calls it where nothing is prepared); writes stdout only, the line in
-runs.jsonl comes from prepare.py. This is the one file the agent edits: everything in it may change, as long as
-`model(idx)` gives logits and the score comes from evaluate_bpb.
+Trains for the contract's TIME_BUDGET, has prepare.evaluate_bpb score the model and prints a summary; lower val_bpb is
+better. Reads the cache that prepare.py makes, or has it made; writes stdout only. This is the one file the agent edits:
+all of it may change, as long as `model(idx)` gives logits and the score comes from evaluate_bpb.
 """
 
 import functools
@@ -32,7 +31,6 @@ ASPECT_RATIO = {"cuda": 71, "mps": 64, "cpu": 42}  # n_embd = DEPTH * ASPECT_RAT
 HEAD_DIM = {"cuda": 128, "mps": 64, "cpu": 64}
 TOTAL_BATCH_SIZE = {"cuda": 2**17, "mps": 2**14, "cpu": 2**11}  # tokens per optimizer step
 DEVICE_BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 8}  # rows at once; halved in warm-up while they do not fit
-EVAL_BATCH_SIZE = {"cuda": 32, "mps": 8, "cpu": 32}  # rows at once
 WINDOW_PATTERN = {"cuda": "SSSSL", "mps": "L", "cpu": "L"}  # tiled over the layers; the last layer is always L
 BIGRAM_ROWS = {"cuda": 2**19, "mps": 2**14, "cpu": 2**14}  # rows of each of the two hashed bigram tables; 0: none
 COMPILE = {"cuda": True, "mps": False, "cpu": False}  # a CPU needs a C++ compiler, and minutes the first time
@@ -60,6 +58,7 @@ RESID_LR = 0.005  # resid lambdas
 ADAM_BETAS = (0.8, 0.95)
 X0_BETAS = (0.96, 0.95)  # ADAM_BETAS of the x0 lambdas
 ADAM_EPS = 1e-10
+COMPILED_FROM = 2**14  # numbers in a tensor that are worth compiling its step for: a second
 WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.01, "bigram": 0.02}  # AdamW's
 
 # Schedule, in shares of TIME_BUDGET
@@ -77,10 +76,7 @@ BACKENDS: dict = {}  # name of the backend in use -> function; filled by choose_
 
 
 def attention(q, k, v, window):
-    """Causal attention over a sliding window: query t sees keys max(0, t - window) ... t, so window + 1 of them.
-
-    q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D).
-    """
+    """Let query t see keys max(0, t - window) ... t: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D)."""
     return BACKENDS["in use"](q, k, v, window)
 
 
@@ -92,7 +88,6 @@ def attention_fa3(q, k, v, window):
 
 def attention_varlen(q, k, v, window):
     from torch.nn.attention.varlen import varlen_attn
-
     B, T, H, D = q.shape
     ends = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
     q, k, v = (t.reshape(B * T, -1, D) for t in (q, k, v))  # (B*T, H, D): rows one after another
@@ -145,7 +140,6 @@ def load_kernel(repo, allowed):
             import huggingface_hub.constants as hub
             import kernels
             import requests
-
             if not hub.HF_HUB_OFFLINE and f"{repo}=" not in os.environ.get("LOCAL_KERNELS", ""):
                 requests.head(hub.ENDPOINT, timeout=HUB_SECONDS)  # get_kernel itself would wait for ever
             outcome["problem"] = f"not there within {DOWNLOAD_SECONDS} s"
@@ -237,15 +231,15 @@ class CausalSelfAttention(nn.Module):
         if has_value_embedding(layer, config.n_layer):
             self.ve_gate = nn.Linear(GATE_CHANNELS, config.n_kv_head, bias=False)
 
-    def forward(self, x, ve, cos, sin):
+    def qkv(self, x, ve, cos, sin):
+        """x (B, T, C), ve (B, T, Hkv * D) or None -> q (B, T, H, D), k and v (B, T, Hkv, D)."""
         heads = (-1, self.head_dim)
         q = self.c_q(x).unflatten(-1, heads)  # (B, T, H, D)
         k, v = self.c_k(x).unflatten(-1, heads), self.c_v(x).unflatten(-1, heads)  # (B, T, Hkv, D)
         if ve is not None:  # value residual (ResFormer, arXiv 2410.17897)
             v = v + gate(self.ve_gate, x) * ve.unflatten(-1, heads)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)  # QK norm first: a rotation keeps norms
-        y = attention(q.to(v.dtype), k.to(v.dtype), v, self.window)  # (B, T, H, D)
-        return self.c_proj((gate(self.attn_gate, x) * y).flatten(2))  # gated attention (arXiv 2505.06708)
+        return q.to(v.dtype), k.to(v.dtype), v
 
 
 class MLP(nn.Module):
@@ -264,11 +258,19 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, x0, ve, resid_lambda, x0_lambda, cos, sin):
-        """x and x0 (B, T, C), ve (B, T, Hkv * D) or None -> (B, T, C)."""
+    def before(self, x, x0, ve, resid_lambda, x0_lambda, cos, sin):
         x = resid_lambda * x + x0_lambda * x0
-        x = x + self.attn(norm(x), ve, cos, sin)
+        y = norm(x)
+        return x, gate(self.attn.attn_gate, y), *self.attn.qkv(y, ve, cos, sin)
+
+    def after(self, x, factor, y):
+        x = x + self.attn.c_proj((factor * y).flatten(2))  # gated attention (arXiv 2505.06708)
         return x + self.mlp(norm(x))
+
+    def forward(self, x, *rest):
+        """x and x0 (B, T, C), ve (B, T, Hkv * D) or None, two lambdas, cos, sin -> (B, T, C)."""
+        x, factor, *qkv = self.before(x, *rest)
+        return self.after(x, factor, attention(*qkv, self.attn.window))
 
 
 class GPT(nn.Module):
@@ -291,8 +293,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Fill every parameter in place from torch's random state; raises Failure naming those left out."""
-        left = []
+        """Fill every parameter in place from torch's random state; raises Failure naming one that is left out."""
         bound = INIT_SCALE * (3 / self.config.n_embd) ** 0.5  # a uniform's standard deviation is bound / sqrt(3)
         for name, parameter in self.named_parameters():
             kind = name.removesuffix(".weight").split(".")
@@ -309,18 +310,16 @@ class GPT(nn.Module):
             elif kind[-1] == "x0_lambdas":
                 parameter.fill_(X0_INIT)
             else:
-                left.append(name)
-        if left:
-            raise prepare.Failure(f"init_weights leaves parameters uninitialised: {', '.join(left)}")
+                raise prepare.Failure(f"init_weights leaves {name} uninitialised")
 
     def compile_parts(self):
         """Compile a block once for all layers of its kind: the time to start does not grow with the depth."""
-        global attention  # stays outside: a kernel gains nothing by it, the rest is the same code for all windows
-        attention = torch.compiler.disable(attention)
         torch._dynamo.config.recompile_limit = 64  # kinds of block x batch shapes x training or not
-        for block in self.h:
-            block.compile(dynamic=False)
-        self.embed, self.head = torch.compile(self.embed, dynamic=False), torch.compile(self.head, dynamic=False)
+        compile = functools.partial(torch.compile, dynamic=False)
+        for block in self.h:  # attention stays outside: a kernel gains nothing by it, and all windows share the rest
+            block.before, block.after = compile(block.before), compile(block.after)
+        self.embed, self.head = compile(self.embed), compile(self.head)
+        self.forward = torch.enable_grad()(self.forward)  # the exam meets training's code; without gradients: all anew
 
     def embed(self, idx, bigram, bigram_value):
         """idx (B, T), bigram (B, T, C) and bigram_value (B, T, Hkv * D) or 0 -> x0 (B, T, C), value embeddings."""
@@ -345,6 +344,7 @@ class GPT(nn.Module):
         for i, (block, *lambdas) in enumerate(zip(self.h, self.resid_lambdas.unbind(), self.x0_lambdas.unbind())):
             ve = values.pop(0) if has_value_embedding(i, self.config.n_layer) else None
             x = block(x, x0, ve, *lambdas, cos, sin)
+            x = x if self.training else x.detach().requires_grad_()  # the exam drops what a backward pass would need
         return self.head(x, targets)
 
     def flops_per_token(self):
@@ -369,9 +369,8 @@ POLAR_EXPRESS = (
 
 def orthogonalize(matrices, dtype):
     """Nearest semi-orthogonal matrix of each of (N, rows, cols), about: singular values go near 1; works in `dtype`."""
-    x = matrices.to(dtype)
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = (matrices.mT if tall else matrices).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6).to(dtype)  # singular values into (0, 1), with a margin
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
@@ -443,7 +442,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             state["step"] += 1
             scalars = self.scalars_of(group, "beta1", "eps", step=state["step"])
-            self.adamw_step(p, p.grad, state["exp_avg"], state["exp_avg_sq"], **scalars)
+            step = self.adamw_step if p.numel() >= COMPILED_FROM else adamw_step
+            step(p, p.grad, state["exp_avg"], state["exp_avg_sq"], **scalars)
 
     def step_muon(self, group, params):
         grads, stacked = torch.stack([p.grad for p in params]), torch.stack(params)
@@ -453,7 +453,8 @@ class MuonAdamW(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(stacked)
             state["second_moment"] = torch.zeros_like(stacked.mean(shorter, keepdim=True))
         scalars = self.scalars_of(group, "momentum")
-        self.muon_step(stacked, grads, state["momentum_buffer"], state["second_moment"], **scalars, dtype=self.dtype)
+        step = self.muon_step if stacked.numel() >= COMPILED_FROM else muon_step
+        step(stacked, grads, state["momentum_buffer"], state["second_moment"], **scalars, dtype=self.dtype)
         torch._foreach_copy_(params, list(stacked.unbind()))
 
 
@@ -462,8 +463,8 @@ def parameter_groups(model):
     scale = (model.config.n_embd / 768) ** -0.5
 
     def adamw(params, lr, betas=ADAM_BETAS, weight_decay=0.0):
-        return {"kind": "adamw", "params": list(params), "lr": lr, "beta1": betas[0], "beta2": betas[1],
-                "eps": ADAM_EPS, "weight_decay": weight_decay}
+        return {"kind": "adamw", "params": list(params), "lr": lr, "initial_lr": lr, "beta1": betas[0],
+                "beta2": betas[1], "eps": ADAM_EPS, "weight_decay": weight_decay}
 
     groups = [
         adamw(model.lm_head.parameters(), UNEMBEDDING_LR * scale, weight_decay=WEIGHT_DECAY["lm_head"]),
@@ -478,14 +479,12 @@ def parameter_groups(model):
     matrices = list(model.h.parameters())
     for shape in sorted({p.shape for p in matrices}):  # same-shape matrices are stepped as one batch
         params = [p for p in matrices if p.shape == shape]
-        groups.append({"kind": "muon", "params": params, "lr": MATRIX_LR, "beta2": MUON_BETA2,
-                       "momentum": MUON_MOMENTUM[0], "weight_decay": MUON_WEIGHT_DECAY})
+        groups.append({"kind": "muon", "params": params, "lr": MATRIX_LR, "initial_lr": MATRIX_LR,
+                       "momentum": MUON_MOMENTUM[0], "beta2": MUON_BETA2, "weight_decay": MUON_WEIGHT_DECAY})
     grouped = [id(p) for group in groups for p in group["params"]]
     wrong = [name for name, p in model.named_parameters() if grouped.count(id(p)) != 1]
     if wrong:
         raise prepare.Failure(f"parameter_groups must hold each parameter once; it does not for {', '.join(wrong)}")
-    for group in groups:
-        group["initial_lr"] = group["lr"]
     return groups
 
 
@@ -569,6 +568,10 @@ def main():
     device = prepare.default_device()
     kind = device.type
     torch.set_float32_matmul_precision("high")
+    gc.disable()  # a collection would stop a step, and compiling takes a tenth longer with them
+    if COMPILE[kind]:  # its processes need seconds to start, so begin
+        from torch._inductor.async_compile import maybe_warm_pool
+        maybe_warm_pool()
     if kind == "cuda":  # the CPU has little to do: waking a hundred threads for it would take longer than the work
         torch.set_num_threads(min(16, torch.get_num_threads()))
     dtype = compute_dtype(device)
@@ -614,11 +617,13 @@ def main():
         # here, where the failed step's tensors are gone: half as many rows, or what divides the step
         rows = next(fewer for fewer in range(rows // 2, 0, -1) if step_tokens % (fewer * T) == 0)
         optimizer.zero_grad(set_to_none=True)
+        gc.collect()
         torch.cuda.empty_cache()
         print(f"out of memory: now DEVICE_BATCH_SIZE is {rows}, with {step_tokens // (rows * T)} batches per step")
     with autocast:
-        prepare.check_model(model, EVAL_BATCH_SIZE[kind])
+        prepare.check_model(model, rows)
     optimizer.state.clear()
+    gc.collect()
     torch.manual_seed(seed)
     model.init_weights()
     if kind == "cuda":
@@ -657,10 +662,6 @@ def main():
         if not loss <= 100:
             raise prepare.Failure(f"loss {loss:.6g} at step {done} (NaN, infinite or above 100: training diverged; "
                                   "lower a learning rate or undo the last change)")
-        if done == 1:  # no collection may stop a step; what exists now stays
-            gc.collect()
-            gc.freeze()
-            gc.disable()
         if done == 1 or elapsed - logged_at >= log_seconds or (not queued and elapsed >= contract.time_budget):
             print(log_line(done, loss, elapsed, (elapsed - logged_at) / (done - logged), contract.time_budget,
                            step_tokens, flops, peak, batches[-1][2]))
@@ -668,15 +669,14 @@ def main():
 
     # Exam and summary
     with autocast:
-        bpb = prepare.evaluate_bpb(model, tokenizer, EVAL_BATCH_SIZE[kind])
+        bpb = prepare.evaluate_bpb(model, tokenizer, rows)
     loader.close()
-    mfu = 100 * flops * done / (elapsed * peak) if peak else 0.0
     print(summary({
         f"{split}_bpb": f"{bpb:.6f}",
         "training_seconds": f"{elapsed:.1f}",
         "total_seconds": f"{time.monotonic() - began:.1f}",
         "peak_vram_mb": f"{prepare.peak_memory_mb(device):.1f}",
-        "mfu_percent": f"{mfu:.2f}",
+        "mfu_percent": f"{100 * flops * done / (elapsed * peak) if peak else 0:.2f}",
         "total_tokens_M": f"{done * step_tokens / 1e6:.1f}",
         "num_steps": done,
         "num_params_M": f"{n_params / 1e6:.1f}",
