@@ -250,8 +250,10 @@ def test_a_compiled_model_is_the_plain_one_and_neither_more_layers_nor_the_exam_
         torch.testing.assert_close(torch.autograd.grad(model(idx, idx), parameters), gradients)
         counts.append(compilations.frame_count)
         with torch.no_grad():  # as the exam does
-            torch.testing.assert_close(model.eval()(idx), logits)
+            seen = model.eval()(idx)
+        torch.testing.assert_close(seen, logits)
         assert compilations.frame_count == counts[-1]
+        assert torch.autograd.grad(seen.sum(), model.wte.weight, allow_unused=True) == (None,)  # no block kept a thing
     assert counts == [6, 6]  # embedding, head with and without targets, after attention, and two kinds before it
 
 
