@@ -30,7 +30,7 @@ DEPTH = {"cuda": 9, "mps": 4, "cpu": 3}  # layers: the one dial
 ASPECT_RATIO = {"cuda": 71, "mps": 64, "cpu": 42}  # n_embd = DEPTH * ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
 HEAD_DIM = {"cuda": 128, "mps": 64, "cpu": 64}
 TOTAL_BATCH_SIZE = {"cuda": 2**17, "mps": 2**14, "cpu": 2**11}  # tokens per optimizer step
-DEVICE_BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 8}  # rows at once; halved in warm-up while they do not fit
+DEVICE_BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 8}  # rows at once, in the exam too; halved in warm-up to fit
 WINDOW_PATTERN = {"cuda": "SSSSL", "mps": "L", "cpu": "L"}  # tiled over the layers; the last layer is always L
 BIGRAM_ROWS = {"cuda": 2**19, "mps": 2**14, "cpu": 2**14}  # rows of each of the two hashed bigram tables; 0: none
 COMPILE = {"cuda": True, "mps": False, "cpu": False}  # a CPU needs a C++ compiler, and minutes the first time
@@ -58,7 +58,7 @@ RESID_LR = 0.005  # resid lambdas
 ADAM_BETAS = (0.8, 0.95)
 X0_BETAS = (0.96, 0.95)  # ADAM_BETAS of the x0 lambdas
 ADAM_EPS = 1e-10
-COMPILED_FROM = 2**14  # numbers in a tensor that are worth compiling its step for: a second
+COMPILED_FROM = 2**14  # elements; the step of a smaller tensor runs as it is, compiling it would take a second
 WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.01, "bigram": 0.02}  # AdamW's
 
 # Schedule, in shares of TIME_BUDGET
@@ -89,9 +89,10 @@ def attention_fa3(q, k, v, window):
 def attention_varlen(q, k, v, window):
     from torch.nn.attention.varlen import varlen_attn
     B, T, H, D = q.shape
-    ends = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
+    cu_seqlens = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
     q, k, v = (t.reshape(B * T, -1, D) for t in (q, k, v))  # (B*T, H, D): rows one after another
-    return varlen_attn(q, k, v, ends, ends, T, T, window_size=(-1 if window >= T - 1 else window, 0)).view(B, T, H, D)
+    y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, window_size=(-1 if window >= T - 1 else window, 0))
+    return y.view(B, T, H, D)
 
 
 def attention_sdpa(q, k, v, window):
@@ -232,7 +233,7 @@ class CausalSelfAttention(nn.Module):
             self.ve_gate = nn.Linear(GATE_CHANNELS, config.n_kv_head, bias=False)
 
     def qkv(self, x, ve, cos, sin):
-        """x (B, T, C), ve (B, T, Hkv * D) or None -> q (B, T, H, D), k and v (B, T, Hkv, D)."""
+        """x (B, T, C), ve (B, T, Hkv * D) or None -> q (B, T, H, D), k and v (B, T, Hkv, D); the rest is Block's."""
         heads = (-1, self.head_dim)
         q = self.c_q(x).unflatten(-1, heads)  # (B, T, H, D)
         k, v = self.c_k(x).unflatten(-1, heads), self.c_v(x).unflatten(-1, heads)  # (B, T, Hkv, D)
@@ -258,12 +259,12 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
 
-    def before(self, x, x0, ve, resid_lambda, x0_lambda, cos, sin):
+    def before(self, x, x0, ve, resid_lambda, x0_lambda, cos, sin):  # -> x, factor (B, T, H, 1), q, k, v
         x = resid_lambda * x + x0_lambda * x0
         y = norm(x)
         return x, gate(self.attn.attn_gate, y), *self.attn.qkv(y, ve, cos, sin)
 
-    def after(self, x, factor, y):
+    def after(self, x, factor, y):  # x (B, T, C), factor (B, T, H, 1), y (B, T, H, D) -> (B, T, C)
         x = x + self.attn.c_proj((factor * y).flatten(2))  # gated attention (arXiv 2505.06708)
         return x + self.mlp(norm(x))
 
@@ -312,15 +313,6 @@ class GPT(nn.Module):
             else:
                 raise prepare.Failure(f"init_weights leaves {name} uninitialised")
 
-    def compile_parts(self):
-        """Compile a block once for all layers of its kind: the time to start does not grow with the depth."""
-        torch._dynamo.config.recompile_limit = 64  # kinds of block x batch shapes x training or not
-        compile = functools.partial(torch.compile, dynamic=False)
-        for block in self.h:  # attention stays outside: a kernel gains nothing by it, and all windows share the rest
-            block.before, block.after = compile(block.before), compile(block.after)
-        self.embed, self.head = compile(self.embed), compile(self.head)
-        self.forward = torch.enable_grad()(self.forward)  # the exam meets training's code; without gradients: all anew
-
     def embed(self, idx, bigram, bigram_value):
         """idx (B, T), bigram (B, T, C) and bigram_value (B, T, Hkv * D) or 0 -> x0 (B, T, C), value embeddings."""
         return norm(self.wte(idx) + bigram), [table(idx) + bigram_value for table in self.value_embeds]
@@ -344,7 +336,7 @@ class GPT(nn.Module):
         for i, (block, *lambdas) in enumerate(zip(self.h, self.resid_lambdas.unbind(), self.x0_lambdas.unbind())):
             ve = values.pop(0) if has_value_embedding(i, self.config.n_layer) else None
             x = block(x, x0, ve, *lambdas, cos, sin)
-            x = x if self.training else x.detach().requires_grad_()  # the exam drops what a backward pass would need
+            x = x if self.training else x.detach().requires_grad_()  # eval: drop what a backward pass would need
         return self.head(x, targets)
 
     def flops_per_token(self):
@@ -352,6 +344,14 @@ class GPT(nn.Module):
         matmul = sum(p.numel() for m in self.modules() if isinstance(m, nn.Linear) for p in m.parameters())
         keys = sum(min(window + 1, self.config.seq_len) for window in self.config.windows)
         return 6 * matmul + 12 * self.config.n_embd * keys
+
+
+def compile_parts():
+    """Compile what Block and GPT consist of, once for all layers; attention stands between, so any kernel will do."""
+    torch._dynamo.config.recompile_limit = 64  # kinds of block x batch shapes
+    for owner, part in ((Block, "before"), (Block, "after"), (GPT, "embed"), (GPT, "head")):
+        setattr(owner, part, torch.compile(getattr(owner, part), dynamic=False))
+    GPT.forward = torch.enable_grad()(GPT.forward)  # even under no_grad, for which the exam would compile all anew
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -415,7 +415,7 @@ def adamw_step(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, we
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for groups with kind="muon" (matrices), AdamW for kind="adamw"; a group's options may change between steps.
 
-    `compiled`: the step functions go through torch.compile once. `dtype`: of the orthogonalisation.
+    `compiled`: steps of COMPILED_FROM elements or more go through torch.compile. `dtype`: of the orthogonalisation.
     """
 
     def __init__(self, groups, compiled=False, dtype=torch.float32):
@@ -463,8 +463,8 @@ def parameter_groups(model):
     scale = (model.config.n_embd / 768) ** -0.5
 
     def adamw(params, lr, betas=ADAM_BETAS, weight_decay=0.0):
-        return {"kind": "adamw", "params": list(params), "lr": lr, "initial_lr": lr, "beta1": betas[0],
-                "beta2": betas[1], "eps": ADAM_EPS, "weight_decay": weight_decay}
+        return {"kind": "adamw", "params": list(params), "lr": lr, "beta1": betas[0], "beta2": betas[1],
+                "eps": ADAM_EPS, "weight_decay": weight_decay}
 
     groups = [
         adamw(model.lm_head.parameters(), UNEMBEDDING_LR * scale, weight_decay=WEIGHT_DECAY["lm_head"]),
@@ -479,13 +479,13 @@ def parameter_groups(model):
     matrices = list(model.h.parameters())
     for shape in sorted({p.shape for p in matrices}):  # same-shape matrices are stepped as one batch
         params = [p for p in matrices if p.shape == shape]
-        groups.append({"kind": "muon", "params": params, "lr": MATRIX_LR, "initial_lr": MATRIX_LR,
-                       "momentum": MUON_MOMENTUM[0], "beta2": MUON_BETA2, "weight_decay": MUON_WEIGHT_DECAY})
+        groups.append({"kind": "muon", "params": params, "lr": MATRIX_LR, "beta2": MUON_BETA2,
+                       "momentum": MUON_MOMENTUM[0], "weight_decay": MUON_WEIGHT_DECAY})
     grouped = [id(p) for group in groups for p in group["params"]]
     wrong = [name for name, p in model.named_parameters() if grouped.count(id(p)) != 1]
     if wrong:
         raise prepare.Failure(f"parameter_groups must hold each parameter once; it does not for {', '.join(wrong)}")
-    return groups
+    return [group | {"initial_lr": group["lr"]} for group in groups]
 
 
 def lr_multiplier(progress: float) -> float:
@@ -568,8 +568,7 @@ def main():
     device = prepare.default_device()
     kind = device.type
     torch.set_float32_matmul_precision("high")
-    gc.disable()  # a collection would stop a step, and compiling takes a tenth longer with them
-    if COMPILE[kind]:  # its processes need seconds to start, so begin
+    if COMPILE[kind]:  # the compiler's worker processes need seconds to start, so begin
         from torch._inductor.async_compile import maybe_warm_pool
         maybe_warm_pool()
     if kind == "cuda":  # the CPU has little to do: waking a hundred threads for it would take longer than the work
@@ -583,6 +582,7 @@ def main():
 
     # Data and model
     tokenizer = prepare.prepare(contract)
+    gc.disable()  # a collection would stop a step, and with collections compiling takes a tenth longer
     step_tokens = TOTAL_BATCH_SIZE[kind]
     rows = max(1, min(DEVICE_BATCH_SIZE[kind], step_tokens // T))
     if step_tokens % (rows * T):
@@ -595,7 +595,7 @@ def main():
     config = GPTConfig(tokenizer.get_vocab_size(), T, n_layer, n_head, n_head, n_embd, windows, BIGRAM_ROWS[kind])
     model, optimizer = build(config, device, dtype, COMPILE[kind], seed)
     if COMPILE[kind]:
-        model.compile_parts()
+        compile_parts()
     n_params = sum(p.numel() for p in model.parameters())
     print(f"model: {n_params / 1e6:.1f} M parameters, {n_layer} layers, width {n_embd}, {n_head} heads of "
           f"{HEAD_DIM[kind]}; {step_tokens:,} tokens per step")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import prepare
+import train
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dataclasses.replace(
@@ -30,7 +31,15 @@ TINY = dataclasses.replace(
 
 
 @pytest.fixture
-def compilations(monkeypatch):
+def parts(monkeypatch):
+    """What train.compile_parts replaces is as it was after the test."""
+    for owner, name in ((train.Block, "before"), (train.Block, "after"), (train.GPT, "embed"), (train.GPT, "head"),
+                        (train.GPT, "forward")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
+@pytest.fixture
+def compilations(monkeypatch, parts):
     """A counter of what torch.compile compiles; nothing is there at the beginning, and nothing stays."""
     from torch._dynamo.testing import CompileCounter  # takes a second
 

@@ -66,7 +66,7 @@ def honest_gpt(kind: str, vocab_size: int, T: int, dtype, depth: int, width: int
         for _ in range(steps):
             train.train_step(model, optimizer, [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())])
     if compiled:
-        model.compile_parts()
+        train.compile_parts()
     return model
 
 
@@ -625,7 +625,7 @@ print("alive")
     ("auto", "SSSSL", False, None), ("auto", "SSSSL", True, None), ("varlen", "SL", False, 1), ("sdpa", "SSSSL", False,
     None), ("sdpa", "L", False, 1)])
 def test_honest_bf16_models_on_the_gpu_pass_and_the_largest_deviation_is_printed(
-        monkeypatch, capsys, wanted, pattern, compiled, n_kv_head):
+        monkeypatch, capsys, parts, wanted, pattern, compiled, n_kv_head):
     monkeypatch.setattr(train, "BACKENDS", {})
     backend, reason = train.choose_attention(torch.device("cuda"), wanted)
     make_exam(monkeypatch, 8192, 2048)

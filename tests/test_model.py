@@ -1,5 +1,6 @@
 """The model: attention backends against an explicit mask, and the network's formulas against hand computations."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -237,24 +238,30 @@ def by_hand(model, idx):
 
 
 def test_a_compiled_model_is_the_plain_one_and_neither_more_layers_nor_the_exam_compile_more(compilations):
-    counts, idx = [], some_tokens()
+    idx, plain = some_tokens(), []
     for windows in ((5, 24, 5, 24), (5, 24, 24, 5, 5, 24) * 2):
         model = built(n_layer=len(windows), windows=windows, bigram_rows=1000)
-        parameters = list(model.parameters())
-        logits = model(idx)
-        gradients = torch.autograd.grad(model(idx, idx), parameters)
+        plain.append((model, model(idx), torch.autograd.grad(model(idx, idx), list(model.parameters()))))
+    train.compile_parts()
+    for model, logits, gradients in plain:
         torch._dynamo.reset()
         compilations.clear()
-        model.compile_parts()
         torch.testing.assert_close(model(idx), logits)
-        torch.testing.assert_close(torch.autograd.grad(model(idx, idx), parameters), gradients)
-        counts.append(compilations.frame_count)
+        torch.testing.assert_close(torch.autograd.grad(model(idx, idx), list(model.parameters())), gradients)
+        assert compilations.frame_count == 6  # embedding, head with and without targets, after attention, 2 before it
         with torch.no_grad():  # as the exam does
             seen = model.eval()(idx)
         torch.testing.assert_close(seen, logits)
-        assert compilations.frame_count == counts[-1]
+        assert compilations.frame_count == 6
         assert torch.autograd.grad(seen.sum(), model.wte.weight, allow_unused=True) == (None,)  # no block kept a thing
-    assert counts == [6, 6]  # embedding, head with and without targets, after attention, and two kinds before it
+
+
+def test_a_copy_of_a_compiled_model_has_weights_of_its_own(compilations):
+    train.compile_parts()
+    model = built()
+    average = copy.deepcopy(model)
+    torch.nn.init.zeros_(average.lm_head.weight)
+    assert model(some_tokens()).all() and not average(some_tokens()).any()
 
 
 @pytest.mark.parametrize("bigram_rows", [0, 1000])

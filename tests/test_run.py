@@ -181,7 +181,8 @@ def test_accumulated_batches_step_as_one_batch_of_all_their_rows(small):
 
 
 def test_no_step_is_stopped_by_a_garbage_collection(small, monkeypatch):
-    enabled = []
+    enabled, prepared = [], prepare.prepare
+    monkeypatch.setattr(prepare, "prepare", lambda contract: (gc.enable(), prepared(contract))[1])  # as if it was new
     watch_steps(monkeypatch, small, before=lambda *arguments: enabled.append(gc.isenabled()))
     train.main()
     assert enabled and not any(enabled)
