@@ -548,6 +548,7 @@ def _read_texts(manifest: Manifest, name: str) -> Iterator[pa.Array]:
     path = manifest.parquet(name)
     try:
         with pq.ParquetFile(path) as file:
+            # Batches four times as large are allocated anew each time: 171 thousand page faults in 100 MB, not 22
             for batch in file.iter_batches(batch_size=128, columns=["text"], use_threads=False):
                 batch.validate(full=True)  # is it UTF-8?
                 yield batch.column(0)
