@@ -623,7 +623,6 @@ def main():
     with autocast:
         prepare.check_model(model, rows)
     optimizer.state.clear()
-    gc.collect()
     torch.manual_seed(seed)
     model.init_weights()
     if kind == "cuda":
