@@ -89,10 +89,9 @@ def attention_fa3(q, k, v, window):
 def attention_varlen(q, k, v, window):
     from torch.nn.attention.varlen import varlen_attn
     B, T, H, D = q.shape
-    cu_seqlens = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
+    ends = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
     q, k, v = (t.reshape(B * T, -1, D) for t in (q, k, v))  # (B*T, H, D): rows one after another
-    y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, window_size=(-1 if window >= T - 1 else window, 0))
-    return y.view(B, T, H, D)
+    return varlen_attn(q, k, v, ends, ends, T, T, window_size=(-1 if window >= T - 1 else window, 0)).view(B, T, H, D)
 
 
 def attention_sdpa(q, k, v, window):
@@ -294,8 +293,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Fill every parameter in place from torch's random state; raises Failure naming one that is left out."""
-        bound = INIT_SCALE * (3 / self.config.n_embd) ** 0.5  # a uniform's standard deviation is bound / sqrt(3)
+        """Fill every parameter in place from torch's random state; raises Failure naming those left out."""
+        left, bound = [], INIT_SCALE * (3 / self.config.n_embd) ** 0.5  # a uniform has the deviation bound / sqrt(3)
         for name, parameter in self.named_parameters():
             kind = name.removesuffix(".weight").split(".")
             if kind[-1] == "wte":
@@ -311,7 +310,9 @@ class GPT(nn.Module):
             elif kind[-1] == "x0_lambdas":
                 parameter.fill_(X0_INIT)
             else:
-                raise prepare.Failure(f"init_weights leaves {name} uninitialised")
+                left.append(name)
+        if left:
+            raise prepare.Failure(f"init_weights leaves parameters uninitialised: {', '.join(left)}")
 
     def embed(self, idx, bigram, bigram_value):
         """idx (B, T), bigram (B, T, C) and bigram_value (B, T, Hkv * D) or 0 -> x0 (B, T, C), value embeddings."""
