@@ -1,5 +1,6 @@
 """The optimizer: both steps against independent derivations, the groups, the compilations, the schedules."""
 
+import itertools
 import math
 
 import numpy as np
@@ -23,20 +24,40 @@ def scalars(**values):
     return {name: torch.tensor(float(value)) for name, value in values.items()}
 
 
-def test_adamw_step_is_that_of_torch_with_changing_learning_rate_and_weight_decay():
-    """Oracle: torch.optim.AdamW in float64; 100 steps of float32 rounding lie between."""
+def by_adamw_step(p):
+    """A function (grad, options) that steps p by the pure function, which is what a GPU runs."""
+    m, v, count = torch.zeros_like(p), torch.zeros_like(p), itertools.count(1)
+    return lambda grad, **options: train.adamw_step(p, grad, m, v, **scalars(step=next(count), **options))
+
+
+def by_optimizer(p):
+    """The same through MuonAdamW, which takes torch's fused kernel on a CPU."""
+    p.requires_grad_()
+    optimizer = train.MuonAdamW([{"kind": "adamw", "params": [p], "lr": 0.0}])
+
+    def step(grad, **options):
+        optimizer.param_groups[0].update(options)
+        p.grad = grad
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize("way", [by_adamw_step, by_optimizer])
+def test_adamw_is_that_of_torch_with_changing_learning_rate_and_weight_decay(way):
+    """Oracle: torch.optim.AdamW, not fused, in float64; 100 steps of float32 rounding lie between."""
     p = torch.randn(40, 30)
-    m, v, oracle = torch.zeros_like(p), torch.zeros_like(p), torch.nn.Parameter(p.double())
-    adamw = torch.optim.AdamW([oracle], betas=(0.8, 0.95), eps=1e-10)
+    oracle = torch.nn.Parameter(p.double())
+    adamw = torch.optim.AdamW([oracle], betas=(0.8, 0.95), eps=1e-10, foreach=False)
+    seen = way(p)
     for step in range(1, 101):
         lr, weight_decay = 0.01 * (1 + math.sin(step)), 0.1 * (step % 7)
         grad = torch.randn_like(p) * 10 ** math.cos(step)
-        train.adamw_step(p, grad, m, v, **scalars(
-            step=step, lr=lr, beta1=0.8, beta2=0.95, eps=1e-10, weight_decay=weight_decay))
+        seen(grad, lr=lr, beta1=0.8, beta2=0.95, eps=1e-10, weight_decay=weight_decay)
         adamw.param_groups[0].update(lr=lr, weight_decay=weight_decay)
         oracle.grad = grad.double()
         adamw.step()
-        torch.testing.assert_close(p.double(), oracle.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(p.detach().double(), oracle.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_adamw_step_on_a_bfloat16_table_computes_in_float32_and_rounds_what_it_stores():
@@ -48,6 +69,18 @@ def test_adamw_step_on_a_bfloat16_table_computes_in_float32_and_rounds_what_it_s
     train.adamw_step(*exact, **options)
     for seen, expected in zip((p, m, v), (exact[0], exact[2], exact[3])):
         assert seen.dtype == torch.bfloat16 and torch.equal(seen, expected.bfloat16())
+
+
+def test_the_optimizer_steps_a_bfloat16_table_as_a_float32_one_up_to_what_it_stores():
+    """Three steps on a CPU: three roundings of up to 2**-8 of a number, and what the moments lose moves the update."""
+    table = torch.randn(40, 30).bfloat16()
+    exact, grads = table.float(), [torch.randn(40, 30).bfloat16() for _ in range(3)]
+    steps = by_optimizer(table), by_optimizer(exact)
+    for grad in grads:
+        for step, g in zip(steps, (grad, grad.float())):
+            step(g, lr=0.01, beta1=0.8, beta2=0.95, eps=1e-10, weight_decay=0.1)
+    assert table.dtype == torch.bfloat16
+    torch.testing.assert_close(table.detach().float(), exact.detach(), rtol=3 * 2**-8, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
