@@ -116,6 +116,8 @@ def test_the_command_of_the_readme(command, clone):
     output = shell(command, *clone)
     if "train.py" in command:
         assert re.search(r"^---\ntest_bpb: +\d\.\d{6}$", output, re.MULTILINE) and "val_bpb" not in output
+    elif "bench_step" in command:
+        assert re.search(r"^train\.py / HEAD: \d\.\d{3} \(", output, re.MULTILINE)
     else:
         assert "ready: demo-" in output
 
@@ -240,6 +242,8 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(clone):
     pretend("8.000000")
     do("printf '%s\\t")
     assert results.read_text().splitlines()[-1] == f"{worse}\t8.000000\t2.0\tdiscard\twhat was tried"
+    timed = shell(inline("uv run tests/bench_step.py").replace("KEPT", baseline), folder, env)
+    assert f"train.py / {baseline}: " in timed
     *_, last = block("tried/$(git").splitlines()
     checkout, reset = last.split(" && ")
     shell(f"kept={baseline}; {checkout}", folder, env)  # killed in the middle of the restore...

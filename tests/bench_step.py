@@ -1,0 +1,103 @@
+"""
+Time the training step of train.py and of another commit's train.py, in turn, in one run; run by hand.
+
+    uv run tests/bench_step.py [REVISION]        (default: HEAD)
+
+Each version has its own knobs for the device, the active contract's context and vocabulary, and random tokens: no data
+is needed. Prints the milliseconds of forward pass, backward pass, optimizer and all three, medians and range of ROUNDS
+rounds of STEPS steps, and the ratio of the two versions.
+"""
+
+import importlib.util
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import prepare  # noqa: E402
+
+ROUNDS, STEPS, WARM = 5, 8, 3
+
+
+def load(path: Path, source: str):
+    """The module of a train.py; dataclasses and torch.compile want it to be a file and to be known."""
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def stepper(train, device: torch.device, contract: prepare.Contract):
+    """A function that takes one step and returns the seconds of its three stages; built as train.main builds."""
+    kind, T = device.type, contract.max_seq_len
+    dtype = train.compute_dtype(device)
+    train.choose_attention(device, train.ATTENTION)
+    n_embd = train.model_width(train.DEPTH[kind], train.ASPECT_RATIO[kind], train.HEAD_DIM[kind])
+    n_head = n_embd // train.HEAD_DIM[kind]
+    windows = train.window_sizes(train.WINDOW_PATTERN[kind], train.DEPTH[kind], train.SHORT_WINDOW, T)
+    config = train.GPTConfig(contract.vocab_size, T, train.DEPTH[kind], n_head, n_head, n_embd, windows,
+                             train.BIGRAM_ROWS[kind])
+    model, optimizer = train.build(config, device, dtype, train.COMPILE[kind], 42)
+    if train.COMPILE[kind]:
+        train.compile_parts()
+    rows = max(1, min(train.DEVICE_BATCH_SIZE[kind], train.TOTAL_BATCH_SIZE[kind] // T))
+    tokens = torch.randint(config.vocab_size, (rows, T + 1), device=device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    def now():
+        if kind != "cpu":
+            getattr(torch, kind).synchronize()
+        return time.perf_counter()
+
+    def step():
+        marks = [now()]
+        with autocast:
+            loss = model(x, y)
+        for stage in (loss.backward, optimizer.step):
+            marks.append(now())
+            stage()
+        marks.append(now())
+        optimizer.zero_grad(set_to_none=True)
+        return [b - a for a, b in zip(marks, marks[1:])]
+
+    for _ in range(WARM):
+        step()
+    return step
+
+
+def main():
+    revision = sys.argv[1] if len(sys.argv) > 1 else "HEAD"
+    shown = subprocess.run(["git", "show", f"{revision}:train.py"], cwd=ROOT, capture_output=True, text=True)
+    if shown.returncode:
+        sys.exit(f"no train.py at {revision!r}: {shown.stderr.strip()}")
+    device, contract = prepare.default_device(), prepare.active_contract()[0]
+    torch.set_float32_matmul_precision("high")
+    sources = {revision: shown.stdout, "train.py": (ROOT / "train.py").read_text()}
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {name: stepper(load(Path(folder) / f"train_{i}.py", source), device, contract)
+                 for i, (name, source) in enumerate(sources.items())}
+    rounds = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            stages = [sum(seconds) / STEPS * 1000 for seconds in zip(*(step() for _ in range(STEPS)))]
+            rounds[name].append([*stages, sum(stages)])
+    print(f"{prepare.device_name(device)}, torch {torch.__version__}, ms per step, {ROUNDS} rounds of {STEPS} steps")
+    print(f"{'':12} {'forward':>10} {'backward':>10} {'optimizer':>10} {'step':>10}   range")
+    for name, seen in rounds.items():
+        medians, whole = [statistics.median(stage) for stage in zip(*seen)], [stages[-1] for stages in seen]
+        print(f"{name[:12]:12} " + " ".join(f"{m:10.1f}" for m in medians) + f"   {min(whole):.1f}-{max(whole):.1f}")
+    ratios = [ours[-1] / theirs[-1] for theirs, ours in zip(rounds[revision], rounds["train.py"])]
+    print(f"train.py / {revision}: {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
+
+
+if __name__ == "__main__":
+    main()
