@@ -301,8 +301,8 @@ class GPT(nn.Module):
             **dict.fromkeys(("c_q", "c_k", "c_v", "c_fc", "value_embeds"), lambda p: p.uniform_(-bound, bound)),
             **dict.fromkeys(("c_proj", "ve_gate", "attn_gate", "bigram", "bigram_values"), torch.Tensor.zero_),
         }
-        kinds = {name: name.removesuffix(".weight").rstrip(".0123456789").split(".")[-1]  # h.3.attn.c_q.weight: c_q
-                 for name, _ in self.named_parameters()}
+        kinds = {name: [part for part in name.split(".") if part != "weight" and not part.isdigit()][-1]
+                 for name, _ in self.named_parameters()}  # of h.3.attn.c_q.weight it is c_q
         left = [name for name, kind in kinds.items() if kind not in fill]
         if left:
             raise prepare.Failure(f"init_weights leaves parameters uninitialised: {', '.join(left)}")

@@ -345,11 +345,32 @@ def test_init_weights_fills_every_parameter_of_a_model_built_on_the_meta_device(
     assert abs(loss.item() - math.log(50)) < 0.02  # it begins by knowing nothing
 
 
-def test_a_parameter_that_init_weights_forgets_is_an_error_that_names_it():
+@pytest.mark.parametrize("name", ["extra", "wte2", "c_q_2"])  # a name like another's is another name
+def test_a_parameter_that_init_weights_forgets_is_an_error_that_names_it(name):
     model = built()
-    model.h[2].extra = torch.nn.Linear(3, 3, bias=False)
-    with pytest.raises(prepare.Failure, match=r"uninitialised: h\.2\.extra\.weight$"):
+    setattr(model.h[2], name, torch.nn.Linear(3, 3, bias=False))
+    with pytest.raises(prepare.Failure, match=rf"uninitialised: h\.2\.{name}\.weight$"):
         model.init_weights()
+
+
+def test_init_weights_draws_each_kind_from_its_own_distribution():
+    model, _ = train.build(dataclasses.replace(CONFIG, bigram_rows=1000), torch.device("cpu"), torch.float32, False, 0)
+    bound = train.INIT_SCALE * (3 / CONFIG.n_embd) ** 0.5
+    uniform, seen = bound / 3**0.5, {}
+    for name, parameter in model.named_parameters():
+        kind = next(part for part in reversed(name.split(".")) if part != "weight" and not part.isdigit())
+        seen.setdefault(kind, []).append(parameter.detach())
+    expected = {  # mean, standard deviation
+        "wte": (0, 1), "lm_head": (0, 0.001), "resid_lambdas": (1, 0), "x0_lambdas": (train.X0_INIT, 0),
+        **dict.fromkeys(("c_q", "c_k", "c_v", "c_fc", "value_embeds"), (0, uniform)),
+        **dict.fromkeys(("c_proj", "ve_gate", "attn_gate", "bigram", "bigram_values"), (0, 0)),
+    }
+    assert seen.keys() == expected.keys()
+    for kind, (mean, deviation) in expected.items():
+        for values in seen[kind]:  # within five standard errors
+            assert values.mean().item() == pytest.approx(mean, abs=5 * deviation / values.numel() ** 0.5 + 1e-7), kind
+            assert values.std().item() == pytest.approx(deviation, rel=5 / values.numel() ** 0.5), kind
+            assert deviation != uniform or values.abs().max() <= bound, kind
 
 
 def test_flops_per_token_count_matrices_and_visible_keys():
