@@ -1,6 +1,5 @@
 """The optimizer: both steps against independent derivations, the groups, the compilations, the schedules."""
 
-import itertools
 import math
 
 import numpy as np
@@ -24,16 +23,11 @@ def scalars(**values):
     return {name: torch.tensor(float(value)) for name, value in values.items()}
 
 
-def by_adamw_step(p):
-    """A function (grad, options) that steps p by the pure function, which is what a GPU runs."""
-    m, v, count = torch.zeros_like(p), torch.zeros_like(p), itertools.count(1)
-    return lambda grad, **options: train.adamw_step(p, grad, m, v, **scalars(step=next(count), **options))
-
-
-def by_optimizer(p):
-    """The same through MuonAdamW, which takes torch's fused kernel on a CPU."""
+def adamw_of(p, compiled):
+    """A function (grad, options) that steps p: by torch's kernel on a CPU, or as a GPU does, where p is too small to
+    be compiled."""
     p.requires_grad_()
-    optimizer = train.MuonAdamW([{"kind": "adamw", "params": [p], "lr": 0.0}])
+    optimizer = train.MuonAdamW([{"kind": "adamw", "params": [p], "lr": 0.0}], compiled)
 
     def step(grad, **options):
         optimizer.param_groups[0].update(options)
@@ -43,13 +37,13 @@ def by_optimizer(p):
     return step
 
 
-@pytest.mark.parametrize("way", [by_adamw_step, by_optimizer])
-def test_adamw_is_that_of_torch_with_changing_learning_rate_and_weight_decay(way):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_adamw_is_that_of_torch_with_changing_learning_rate_and_weight_decay(compiled):
     """Oracle: torch.optim.AdamW, not fused, in float64; 100 steps of float32 rounding lie between."""
     p = torch.randn(40, 30)
     oracle = torch.nn.Parameter(p.double())
     adamw = torch.optim.AdamW([oracle], betas=(0.8, 0.95), eps=1e-10, foreach=False)
-    seen = way(p)
+    seen = adamw_of(p, compiled)
     for step in range(1, 101):
         lr, weight_decay = 0.01 * (1 + math.sin(step)), 0.1 * (step % 7)
         grad = torch.randn_like(p) * 10 ** math.cos(step)
@@ -75,7 +69,7 @@ def test_the_optimizer_steps_a_bfloat16_table_as_a_float32_one_up_to_what_it_sto
     """Three steps on a CPU: three roundings of up to 2**-8 of a number, and what the moments lose moves the update."""
     table = torch.randn(40, 30).bfloat16()
     exact, grads = table.float(), [torch.randn(40, 30).bfloat16() for _ in range(3)]
-    steps = by_optimizer(table), by_optimizer(exact)
+    steps = adamw_of(table, False), adamw_of(exact, False)
     for grad in grads:
         for step, g in zip(steps, (grad, grad.float())):
             step(g, lr=0.01, beta1=0.8, beta2=0.95, eps=1e-10, weight_decay=0.1)
