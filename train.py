@@ -301,8 +301,8 @@ class GPT(nn.Module):
             **dict.fromkeys(("c_q", "c_k", "c_v", "c_fc", "value_embeds"), lambda p: p.uniform_(-bound, bound)),
             **dict.fromkeys(("c_proj", "ve_gate", "attn_gate", "bigram", "bigram_values"), torch.Tensor.zero_),
         }
-        kinds = {name: [part for part in name.split(".") if part != "weight" and not part.isdigit()][-1]
-                 for name, _ in self.named_parameters()}  # of h.3.attn.c_q.weight it is c_q
+        kinds = {name: "value_embeds" if name.startswith("value_embeds.") else
+                 name.removesuffix(".weight").split(".")[-1] for name, _ in self.named_parameters()}
         left = [name for name, kind in kinds.items() if kind not in fill]
         if left:
             raise prepare.Failure(f"init_weights leaves parameters uninitialised: {', '.join(left)}")
@@ -319,7 +319,7 @@ class GPT(nn.Module):
         logits = SOFTCAP * (2 * torch.sigmoid(logits * (2 / SOFTCAP)) - 1)  # tanh(logits / SOFTCAP), but cheaper
         if targets is None:
             return logits
-        total = torch.exp2(logits / math.log(2)).sum(-1)  # SOFTCAP bounds them, so there is no need of a maximum
+        total = torch.exp2(logits / math.log(2)).sum(-1)  # no maximum taken off: V exp(SOFTCAP) is a float32
         hit = targets[..., None] == torch.arange(logits.size(-1), device=logits.device)
         return (total.log() - torch.where(hit, logits, 0).sum(-1)).mean()
 
@@ -396,7 +396,7 @@ def muon_step(params, grads, momentum_buffer, second_moment, momentum, lr, weigh
 
 
 def adamw_step(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay):
-    """AdamW step (arXiv 1711.05101), as torch.optim.AdamW's; param and both moments change in place.
+    """AdamW step (arXiv 1711.05101), in place; on a CPU torch.optim.AdamW's kernel stands in for it, see step_adamw.
 
     p <- p - lr weight_decay p - lr m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps), computed in float32.
     """

@@ -4,8 +4,10 @@ Time the training step of train.py and of another commit's train.py, in turn, in
     uv run tests/bench_step.py [REVISION]        (default: HEAD)
 
 Each version has its own knobs for the device, the active contract's context and vocabulary, and random tokens: no data
-is needed. Prints the milliseconds of forward pass, backward pass, optimizer and all three, medians and range of ROUNDS
-rounds of STEPS steps, and the ratio of the two versions.
+is needed. Prints the milliseconds of forward passes, backward passes, optimizer and all three, medians and range of
+ROUNDS rounds of STEPS steps, and the ratio of the two versions; equal ones gave 0.97 to 1.01 on two cores that others
+use (n = 6). Builds both as train.main builds today's, so a version that renames what that calls has to be timed by
+hand; prepare.py is the working tree's for both.
 """
 
 import importlib.util
@@ -49,6 +51,7 @@ def stepper(train, device: torch.device, contract: prepare.Contract):
     if train.COMPILE[kind]:
         train.compile_parts()
     rows = max(1, min(train.DEVICE_BATCH_SIZE[kind], train.TOTAL_BATCH_SIZE[kind] // T))
+    accumulation = train.TOTAL_BATCH_SIZE[kind] // (rows * T)
     tokens = torch.randint(config.vocab_size, (rows, T + 1), device=device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -59,15 +62,19 @@ def stepper(train, device: torch.device, contract: prepare.Contract):
         return time.perf_counter()
 
     def step():
-        marks = [now()]
-        with autocast:
-            loss = model(x, y)
-        for stage in (loss.backward, optimizer.step):
-            marks.append(now())
-            stage()
-        marks.append(now())
+        forward = backward = 0.0
+        for _ in range(accumulation):
+            began = now()
+            with autocast:
+                loss = model(x, y) / accumulation
+            middle = now()
+            loss.backward()
+            ended = now()
+            forward, backward = forward + middle - began, backward + ended - middle
+        optimizer.step()
+        optimized = now() - ended
         optimizer.zero_grad(set_to_none=True)
-        return [b - a for a, b in zip(marks, marks[1:])]
+        return forward, backward, optimized
 
     for _ in range(WARM):
         step()
@@ -76,7 +83,7 @@ def stepper(train, device: torch.device, contract: prepare.Contract):
 
 def main():
     revision = sys.argv[1] if len(sys.argv) > 1 else "HEAD"
-    shown = subprocess.run(["git", "show", f"{revision}:train.py"], cwd=ROOT, capture_output=True, text=True)
+    shown = subprocess.run(["git", "show", f"{revision}:./train.py"], cwd=ROOT, capture_output=True, text=True)
     if shown.returncode:
         sys.exit(f"no train.py at {revision!r}: {shown.stderr.strip()}")
     device, contract = prepare.default_device(), prepare.active_contract()[0]
@@ -87,8 +94,12 @@ def main():
                  for i, (name, source) in enumerate(sources.items())}
     rounds = {name: [] for name in steps}
     for _ in range(ROUNDS):
-        for name, step in steps.items():
-            stages = [sum(seconds) / STEPS * 1000 for seconds in zip(*(step() for _ in range(STEPS)))]
+        spent = {name: [] for name in steps}
+        for i in range(STEPS):  # step by step, each the first in turn
+            for name in list(steps)[:: -1 if i % 2 else 1]:
+                spent[name].append(steps[name]())
+        for name, seconds in spent.items():
+            stages = [sum(stage) / STEPS * 1000 for stage in zip(*seconds)]
             rounds[name].append([*stages, sum(stages)])
     print(f"{prepare.device_name(device)}, torch {torch.__version__}, ms per step, {ROUNDS} rounds of {STEPS} steps")
     print(f"{'':12} {'forward':>10} {'backward':>10} {'optimizer':>10} {'step':>10}   range")
@@ -100,4 +111,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    prepare.run_main(main)
