@@ -505,12 +505,12 @@ class Tokenizer:
         specials = {f"<|reserved_{i}|>": len(ranks) + i for i in range(SPECIALS)}
         self.encoding = tiktoken.Encoding("autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
                                           special_tokens=specials)
-        self.tokens, self.bos = sorted(ranks, key=ranks.get), len(ranks)  # raw bytes, in order of their numbers
+        self.tokens = sorted(ranks, key=ranks.get)  # raw bytes, in order of their numbers
 
     @classmethod
-    def load(cls, contract: Contract | None = None) -> "Tokenizer":
-        """Read the contract's tokenizer.tiktoken: per line the token's bytes in base64 and its rank."""
-        path = cache_dir() / (contract or active_contract()[0]).name / "tokenizer.tiktoken"
+    def from_directory(cls, directory: Path | None = None) -> "Tokenizer":
+        """Read the active contract's tokenizer.tiktoken: per line the token's bytes in base64 and its rank."""
+        path = Path(directory or cache_dir() / active_contract()[0].name) / "tokenizer.tiktoken"
         try:
             pairs = (line.split() for line in path.read_bytes().splitlines())
             return cls({base64.b64decode(token, validate=True): int(rank) for token, rank in pairs})
@@ -519,8 +519,12 @@ class Tokenizer:
         except Exception as error:
             raise Failure(f"{path} is damaged ({error}); delete it and run: uv run prepare.py") from error
 
-    def encode(self, text: str) -> list[int]:
-        return self.encoding.encode_ordinary(text)
+    def encode(self, text: str | list[str], prepend: int | str | None = None) -> list[int] | list[list[int]]:
+        """Tokens of a text, or of each of a list of them; before each `prepend`, a token or a reserved one's name."""
+        if not isinstance(text, str):
+            return [self.encode(one, prepend) for one in text]
+        first = self.encoding.encode_single_token(prepend) if isinstance(prepend, str) else prepend
+        return [*([] if first is None else [first]), *self.encoding.encode_ordinary(text)]
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self.encoding.decode(list(tokens))
@@ -528,15 +532,18 @@ class Tokenizer:
     def get_vocab_size(self) -> int:
         return self.encoding.n_vocab
 
+    def get_bos_token_id(self) -> int:
+        return len(self.tokens)
+
     def documents(self, texts: Iterable[str | None]) -> list[np.ndarray]:
         """Encode documents, each with BOS before it, to uint16 arrays."""
         encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
-        bos = np.array([self.bos], dtype=np.uint16)
+        bos = np.array([self.get_bos_token_id()], dtype=np.uint16)
         return [np.concatenate([bos, encode(text or "")], dtype=np.uint16, casting="unsafe") for text in texts]
 
-    def token_bytes(self) -> np.ndarray:
-        """Bytes that each token stands for, int64 (V,), from its raw bytes; 0 for the reserved ones."""
-        return np.array([*map(len, self.tokens), *[0] * SPECIALS], dtype=np.int64)
+    def get_token_bytes(self, device: str | torch.device = "cpu") -> torch.Tensor:
+        """Bytes that each token stands for, int32 (V,), from its raw bytes; 0 for the reserved ones."""
+        return torch.tensor([*map(len, self.tokens), *[0] * SPECIALS], dtype=torch.int32, device=device)
 
     def digest(self) -> str:
         """SHA-256 over the pattern and every token's bytes, in order."""
@@ -771,7 +778,7 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
         names = list(dict.fromkeys(name for name, _, _ in [*parts, contract.val, contract.test]))
         _get_files(contract, names, manifest, workers)
         try:
-            tokenizer = Tokenizer.load(contract)
+            tokenizer = Tokenizer.from_directory(manifest.folder)
         except Failure:
             tokenizer = None
         if tokenizer is None or tokenizer.digest() != manifest.data.get("tokenizer"):
@@ -921,12 +928,12 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     contract, split = active_contract()[0], active_split()
     manifest = Manifest(contract)
     if tokenizer.digest() != manifest.data.get("tokenizer"):
-        raise ExamError("the tokenizer is not the one the exam was packed with; use prepare.Tokenizer.load()")
+        raise ExamError("the tokenizer is not the one the exam was packed with; use prepare.Tokenizer.from_directory()")
     path = manifest.derived(f"{split}.npy")
     if not path.is_file() or _sha256(path) != manifest.data.get(split):
         raise ExamError(f"{path} is not the exam that was packed (its SHA-256 differs); run: uv run prepare.py")
     rows = torch.from_numpy(np.load(path).astype(np.int32)).to(_device_of(model))
-    token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(rows.device)
+    token_bytes = tokenizer.get_token_bytes(rows.device)
 
     def nll_of(start: int, batch_size: int) -> torch.Tensor:
         """-ln p of each target, float32 (B, T); not finite if any logit is not. The host waits for nothing."""
@@ -962,7 +969,7 @@ def check_model(model: Callable, batch_size: int) -> None:
     """
     contract = active_contract()[0]
     rows = np.load(Manifest(contract).derived("val.npy"), mmap_mode="r")[:batch_size].astype(np.int32)
-    vocab_size = Tokenizer.load(contract).get_vocab_size()
+    vocab_size = Tokenizer.from_directory().get_vocab_size()
 
     def probe(batch_size: int) -> None:
         x = _batch(torch.from_numpy(rows), 0, batch_size)[:, :-1]

@@ -56,7 +56,7 @@ def tokenized_on_the_fly(tokenizer, texts):
     while True:
         batch = list(itertools.islice(texts, 128))
         for tokens in tokenizer.encoding.encode_ordinary_batch(batch, num_threads=1):
-            yield [tokenizer.bos, *tokens]
+            yield [tokenizer.get_bos_token_id(), *tokens]
 
 
 def rate(rows, count: int) -> float:

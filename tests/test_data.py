@@ -612,8 +612,8 @@ def tokenizer(shards, tmp_path_factory) -> prepare.Tokenizer:
         patch.setenv("AUTORESEARCH_CACHE", str(tmp_path_factory.mktemp("tokenizer")))
         patch.setenv("HF_ENDPOINT", hub.url)
         prepare.prepare(SMALL)
-        tokenizer = prepare.Tokenizer.load(SMALL)
-    tokenizer.lengths = tokenizer.token_bytes()
+        tokenizer = prepare.Tokenizer.from_directory(prepare.cache_dir() / SMALL.name)
+    tokenizer.lengths = tokenizer.get_token_bytes()
     return tokenizer
 
 
@@ -622,17 +622,17 @@ def test_the_byte_lengths_of_a_texts_tokens_add_up_to_its_bytes(tokenizer, text)
     tokens = tokenizer.encode(text)
     assert tokenizer.lengths[tokens].sum() == len(text.encode())
     assert tokenizer.decode(tokens) == text
-    assert all(token < tokenizer.bos for token in tokens)
+    assert all(token < tokenizer.get_bos_token_id() for token in tokens)
     document, = tokenizer.documents([text])
-    assert document.dtype == np.uint16 and document.tolist() == [tokenizer.bos, *tokens]
+    assert document.dtype == np.uint16 and document.tolist() == [tokenizer.get_bos_token_id(), *tokens]
 
 
 def test_a_token_that_is_part_of_a_character_counts_its_own_bytes_and_a_reserved_one_none(tokenizer):
     tokens = tokenizer.encode("😀")
     assert len(tokens) > 1  # no merge for it: several tokens, none of which decodes alone
     assert tokenizer.lengths[tokens].tolist() == [len(tokenizer.encoding.decode_bytes([token])) for token in tokens]
-    assert tokenizer.lengths[tokenizer.bos :].tolist() == [0] * 4
-    assert tokenizer.get_vocab_size() == len(tokenizer.lengths) == tokenizer.bos + 4
+    assert tokenizer.lengths[tokenizer.get_bos_token_id() :].tolist() == [0] * 4
+    assert tokenizer.get_vocab_size() == len(tokenizer.lengths) == tokenizer.get_bos_token_id() + 4
 
 
 def test_the_tokenizer_file_is_tiktokens_own_format(hub, command, cache, monkeypatch):
@@ -640,9 +640,10 @@ def test_the_tokenizer_file_is_tiktokens_own_format(hub, command, cache, monkeyp
     command()
     ranks = tiktoken.load.load_tiktoken_bpe(str(cache / "tokenizer.tiktoken"))
     oracle = tiktoken.Encoding("oracle", pat_str=prepare.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
-    tokenizer, text = prepare.Tokenizer.load(SMALL), " ".join(some_texts(7))
+    tokenizer, text = prepare.Tokenizer.from_directory(prepare.cache_dir() / SMALL.name), " ".join(some_texts(7))
     assert tokenizer.encode(text) == oracle.encode(text)
-    assert list(ranks.values()) == list(range(tokenizer.bos)) and 256 < tokenizer.bos <= SMALL.vocab_size - 4
+    bos = tokenizer.get_bos_token_id()
+    assert list(ranks.values()) == list(range(bos)) and 256 < bos <= SMALL.vocab_size - 4
     assert prepare.Tokenizer(ranks).digest() == tokenizer.digest()
 
 
@@ -651,7 +652,7 @@ def test_a_damaged_tokenizer_file_is_named_with_the_remedy(body, cache):
     cache.mkdir(parents=True)
     (cache / "tokenizer.tiktoken").write_bytes(body)
     with pytest.raises(prepare.Failure, match="tokenizer.tiktoken is damaged.*prepare.py"):
-        prepare.Tokenizer.load(SMALL)
+        prepare.Tokenizer.from_directory(prepare.cache_dir() / SMALL.name)
 
 
 LIMITED = dataclasses.replace(SMALL, tokenizer_chars=40_000, tokenizer_doc_chars=500)  # two shards hold them
@@ -708,9 +709,9 @@ def test_num_shards_is_remembered_and_minus_one_means_all(hub, command, cache):
 
 
 def texts_of(contract: prepare.Contract, parts: list) -> list[str]:
-    tokenizer = prepare.Tokenizer.load(contract)
+    tokenizer = prepare.Tokenizer.from_directory(prepare.cache_dir() / contract.name)
     documents = list(prepare.Documents(prepare.Manifest(contract), parts))
-    assert all(document[0] == tokenizer.bos for document in documents)
+    assert all(document[0] == tokenizer.get_bos_token_id() for document in documents)
     return [tokenizer.decode(document[1:].tolist()) for document in documents]
 
 

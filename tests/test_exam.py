@@ -157,7 +157,7 @@ def bpb_row_by_row(model, tokenizer, split="val") -> float:
         with torch.no_grad():
             logits = model(torch.from_numpy(row[None, :-1]))[0].double().numpy()
         for scores, target in zip(logits, row[1:]):
-            if target < tokenizer.bos:
+            if target < tokenizer.get_bos_token_id():
                 nats += math.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[target]
                 count += len(tokenizer.encoding.decode_single_token_bytes(int(target)))
     return nats / (math.log(2) * count)
@@ -176,10 +176,10 @@ def test_bpb_is_the_row_by_row_oracles_for_every_batch_size(tiny, batch_size):
 def test_a_uniform_model_scores_its_closed_form(tiny):
     rows = np.load(prepare.Manifest(TINY).derived("val.npy"))
     assert rows.shape == (TINY.eval_tokens // TINY.max_seq_len, TINY.max_seq_len + 1)
-    targets = rows[:, 1:][rows[:, 1:] < tiny.bos].tolist()
+    targets = rows[:, 1:][rows[:, 1:] < tiny.get_bos_token_id()].tolist()
     text_bytes = sum(len(tiny.encoding.decode_single_token_bytes(token)) for token in targets)
     expected = len(targets) * math.log2(tiny.get_vocab_size()) / text_bytes
-    assert (rows[:, 1:] == tiny.bos).any()  # reserved tokens are there to be left out
+    assert (rows[:, 1:] == tiny.get_bos_token_id()).any()  # reserved tokens are there to be left out
     uniform = lambda x: torch.zeros(*x.shape, tiny.get_vocab_size())  # noqa: E731
     assert prepare.evaluate_bpb(uniform, tiny, 7) == pytest.approx(expected, rel=1e-6)
 
@@ -379,7 +379,7 @@ def test_a_tampered_exam_and_a_missing_one_are_refused(tiny):
 
 def test_another_tokenizer_is_refused(tiny):
     """One whose tokens claim more bytes would lower the number."""
-    longer = {tiny.encoding.decode_single_token_bytes(i): i for i in range(tiny.bos)}
+    longer = {tiny.encoding.decode_single_token_bytes(i): i for i in range(tiny.get_bos_token_id())}
     longer[b" a much longer token"] = longer.pop(tiny.encoding.decode_single_token_bytes(300))
     with pytest.raises(prepare.ExamError, match="the tokenizer is not the one the exam was packed with"):
         prepare.evaluate_bpb(Small(tiny.get_vocab_size()), prepare.Tokenizer(longer), 16)
@@ -550,7 +550,7 @@ class Stops(test_exam.Remembers):
     def forward(self, idx):
         if self.calls == 15: print("deep in the exam", flush=True); time.sleep(60)
         return super().forward(idx)
-prepare.evaluate_bpb(Stops(338, 10**6), prepare.Tokenizer.load(), 4)
+prepare.evaluate_bpb(Stops(338, 10**6), prepare.Tokenizer.from_directory(), 4)
 """)
     assert process.stdout.readline() == "deep in the exam\n"
     os.kill(process.pid, signal.SIGKILL)
@@ -592,7 +592,7 @@ def test_a_run_that_hangs_ends_with_exit_code_1_and_every_threads_traceback(tiny
     process = child("""
 later = faulthandler.dump_traceback_later
 faulthandler.dump_traceback_later = lambda seconds, **options: later(0.5, **options)
-loader = prepare.make_dataloader(prepare.Tokenizer.load(), 4, 32, "train", device="cpu")
+loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 4, 32, "train", device="cpu")
 def hangs_here(): time.sleep(60)
 next(loader)
 hangs_here()
@@ -607,7 +607,7 @@ def test_closing_the_loader_ends_the_watchdog(tiny):
     process = child("""
 later = faulthandler.dump_traceback_later
 faulthandler.dump_traceback_later = lambda seconds, **options: later(0.5, **options)
-loader = prepare.make_dataloader(prepare.Tokenizer.load(), 4, 32, "train", device="cpu")
+loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 4, 32, "train", device="cpu")
 next(loader)
 loader.close()
 time.sleep(1)

@@ -91,7 +91,7 @@ def oracle(tokenizer, B: int, T: int, count: int, buffer_size: int = 1000, shard
     for number in range(shards):
         path = prepare.Manifest(TINY).parquet(f"shard_{number:05d}.parquet")
         texts += pq.read_table(path).column("text").to_pylist()
-    documents = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
+    documents = [[tokenizer.get_bos_token_id(), *tokenizer.encode(text)] for text in texts]
     rows = naive_rows(itertools.cycle(documents), T + 1, buffer_size)
     for _ in range(count):
         batch = list(itertools.islice(rows, B))
@@ -144,7 +144,7 @@ def test_a_fresh_process_gives_the_same_batches_and_ends_with_its_thread_still_r
 import sys; sys.path.insert(0, "tests")
 import itertools, conftest, prepare, test_loader
 prepare.CONTRACTS["tiny"] = conftest.TINY
-loader = prepare.make_dataloader(prepare.Tokenizer.load(), 16, 32, "train", device="cpu")
+loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 16, 32, "train", device="cpu")
 print(test_loader.digest(itertools.islice(loader, 20)))
 assert loader.thread.is_alive()
 """

@@ -153,7 +153,7 @@ def test_warm_up_leaves_no_trace(small, monkeypatch):
     train.set_schedules(optimizer, 0, 0.0)
     for ours, theirs in zip(optimizer.param_groups, seen["groups"], strict=True):
         assert {**ours, "params": 0} == {**theirs, "params": 0}
-    loader = prepare.make_dataloader(prepare.Tokenizer.load(TINY), 8, 32, "train", device=CPU)
+    loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 8, 32, "train", device=CPU)
     for x, y, epoch in seen["batches"]:
         first = next(loader)
         assert torch.equal(x, first[0]) and torch.equal(y, first[1]) and epoch == first[2]
