@@ -274,9 +274,9 @@ class Progress:
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: download from the hub, or the docstrings that are here already
 
-TIMEOUT = (10, 60)  # seconds to connect, and between two bytes
+# Seconds without a byte after which a connection counts as broken; pauses between attempts grow from a 60th of it
+PATIENCE = 60
 ATTEMPTS = 5  # at a body that breaks off or fails its check; urllib3 repeats requests that get no good answer
-BACKOFF = 1.0  # seconds; waits double from it
 CHUNK = 2**16  # bytes; a break costs at most so many of those that came
 PACKAGES = ("torch", "numpy", "sympy", "networkx")  # read for DOCSTRINGS
 MIN_DOCSTRING = 200  # characters
@@ -325,7 +325,8 @@ def _download_all(contract: Contract, names: list[str], manifest: Manifest, work
     folder = manifest.folder / "parquet"
     base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{base}/datasets/{contract.dataset}/resolve/main/"
-    retry = Retry(total=ATTEMPTS, connect=3, read=1, backoff_factor=BACKOFF, status_forcelist=(429, 500, 502, 503, 504))
+    retry = Retry(total=ATTEMPTS, connect=3, read=1, backoff_factor=PATIENCE / 60,
+                  status_forcelist=(429, 500, 502, 503, 504))
     stop, problems = threading.Event(), {}
     print(f"{len(names)} files to get from {urlsplit(url).netloc}", flush=True)
     with requests.Session() as session:
@@ -364,7 +365,7 @@ def _download_all(contract: Contract, names: list[str], manifest: Manifest, work
 def _remote_bytes(session: requests.Session, url: str) -> int:
     """Size of a file as the server declares it; 0 where it does not say."""
     try:
-        response = session.head(url, timeout=TIMEOUT, allow_redirects=False)
+        response = session.head(url, timeout=(min(10, PATIENCE), PATIENCE), allow_redirects=False)
     except requests.ConnectionError as error:
         raise Failure(f"cannot reach {urlsplit(url).netloc} ({_cause(error)}); nothing was downloaded.\n"
                       "No network? `uv run prepare.py --contract demo` needs none.") from error
@@ -386,11 +387,12 @@ def _download(session: requests.Session, url: str, path: Path, progress: Progres
         shorter.unlink()
     host, why = urlsplit(url).netloc, ""
     for attempt in range(ATTEMPTS):
-        if stop.wait(BACKOFF * 2**attempt if attempt else 0):
+        if stop.wait(PATIENCE / 60 * 2**attempt if attempt else 0):
             raise Failure("not tried to the end, because the host or the disk failed for another file")
         got = part.stat().st_size if part.exists() else 0
         try:
-            response = session.get(url, headers={"Range": f"bytes={got}-"} if got else {}, stream=True, timeout=TIMEOUT)
+            response = session.get(url, headers={"Range": f"bytes={got}-"} if got else {}, stream=True,
+                                   timeout=(min(10, PATIENCE), PATIENCE))
         except requests.ConnectionError as error:
             raise OSError(f"cannot reach {host} ({_cause(error)})") from error
         except requests.RequestException as error:

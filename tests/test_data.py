@@ -44,7 +44,7 @@ PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # where the scri
 CLI = """
 import prepare, test_data
 prepare.CONTRACTS["climbmix"] = test_data.SMALL
-prepare.BACKOFF, prepare.WORKER_BYTES = 0.01, 1
+prepare.PATIENCE, prepare.WORKER_BYTES = 0.6, 1
 prepare.run_main(prepare.main)
 """
 
@@ -79,8 +79,7 @@ def good(shards, tmp_path_factory) -> dict[str, object]:
 def cache(monkeypatch, tmp_path) -> Path:
     """Folder of SMALL, which takes the place of climbmix; the downloader does not wait long."""
     monkeypatch.setitem(prepare.CONTRACTS, "climbmix", SMALL)
-    monkeypatch.setattr(prepare, "BACKOFF", 0.01)
-    monkeypatch.setattr(prepare, "TIMEOUT", (1, 0.4))
+    monkeypatch.setattr(prepare, "PATIENCE", 0.6)
     monkeypatch.setattr(prepare, "CHUNK", 1000)
     return tmp_path / "cache" / "climbmix"
 
@@ -454,7 +453,7 @@ def before_rename(number):
 def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-prepare.BACKOFF, prepare.WORKER_BYTES = 0.01, 1
+prepare.PATIENCE, prepare.WORKER_BYTES = 0.6, 1
 mode, count = sys.argv[1], int(sys.argv[2])
 if mode == "company":
     codes = [ended(pid) for pid in [start() for _ in range(count)]]
