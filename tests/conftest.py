@@ -1,14 +1,18 @@
 """Fixtures: every test gets a cache of its own; `tiny` is a contract prepared in no time, `demo` the real one."""
 
+import copy
 import dataclasses
 import faulthandler
+import hashlib
 import inspect
+import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -72,18 +76,80 @@ def run(*command: str, cwd: Path = ROOT, timeout: float = 300, **env: str) -> su
                           env=environment | env)
 
 
+def state_of(folder: Path) -> dict[str, object]:
+    """Every file of a contract's cache folder with its hash; without the lock and what was set aside (*.bad)."""
+    return {str(path.relative_to(folder)): json.loads(path.read_text()) if path.suffix == ".json"
+            else hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*") if path.is_file() and "lock" not in path.name and path.suffix != ".bad"}
+
+
+def _folder() -> Path:
+    return prepare.cache_dir() / prepare.active_contract()[0].name
+
+
+def exam_path(split: str) -> Path:
+    """The file that holds the packed rows of a split of the active contract."""
+    found = [path for kind in ("bin", "npy") for path in _folder().rglob(f"{split}.{kind}")]
+    return min(found, key=lambda path: len(path.parts))
+
+
+def exam_rows(split: str) -> np.ndarray:
+    """The exam of the active contract, int64 (rows, T + 1)."""
+    path = exam_path(split)
+    if path.suffix == ".npy":
+        return np.load(path).astype(np.int64)
+    return np.fromfile(path, dtype=np.uint16).astype(np.int64).reshape(-1, prepare.MAX_SEQ_LEN + 1)
+
+
+def documents_of(name: str) -> list[list[int]]:
+    """The tokens of every document of a parquet file of the active contract, in order, as they are in its cache."""
+    if found := list(_folder().rglob(f"{name}.offsets")):
+        tokens, starts = np.fromfile(found[0].with_suffix(".tokens"), dtype=np.uint16), np.load(found[0])[:-1]
+    else:
+        found = max(_folder().rglob(f"{Path(name).stem}*.bin"), key=lambda path: len(path.parts))
+        tokens = np.fromfile(found, dtype=np.uint16)
+        starts = np.flatnonzero(tokens == prepare.Tokenizer.from_directory().get_bos_token_id())
+    return [tokens[start:stop].tolist() for start, stop in zip(starts, [*starts[1:], len(tokens)])]
+
+
+@pytest.fixture
+def forget():
+    """Call it to have the active contract chosen anew, as in a new process."""
+    return getattr(prepare.active_contract, "cache_clear", lambda: None)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, forget):
+    """`prepare.py ARGUMENTS` in this process: returns its exit code and all it said.
+
+    Another exception than SystemExit is what a user sees as a traceback, and fails the test.
+    """
+    def command(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
+        forget()
+        capsys.readouterr()
+        code = 0
+        try:
+            prepare.run_main(prepare.main)
+        except SystemExit as exit:
+            code = exit.code or 0
+        said = "".join(capsys.readouterr())
+        return (1, f"{said}{code}\n") if isinstance(code, str) else (code, said)
+    return command
+
+
 @pytest.fixture(autouse=True)
-def own_state(tmp_path, monkeypatch):
+def own_state(tmp_path, monkeypatch, forget):
     """No test sees the user's cache, environment or working directory, nor what another test left in the modules."""
     for name in list(os.environ):
         if name.startswith(("AUTORESEARCH_", "HF_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare, "_RUN", prepare._Run())
-    prepare.active_contract.cache_clear()
+    monkeypatch.setattr(prepare, "_RUN", copy.deepcopy(prepare._RUN))
+    forget()
     yield
-    prepare.active_contract.cache_clear()
+    forget()
     faulthandler.cancel_dump_traceback_later()
 
 
