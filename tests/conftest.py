@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -153,14 +154,26 @@ def own_state(tmp_path, monkeypatch, forget):
     faulthandler.cancel_dump_traceback_later()
 
 
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory) -> Path:
+    """A cache with the contract TINY, prepared once per session."""
+    cache = tmp_path_factory.mktemp("tiny-cache")
+    for number in range(5):
+        write_shard(cache / "tiny" / "parquet" / f"shard_{number:05d}.parquet", some_texts(number))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_CACHE", str(cache))
+        prepare.prepare(TINY, 3)
+    return cache
+
+
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
+def tiny(tiny_cache, tmp_path, monkeypatch, forget):
     """A small contract with the shard layout of climbmix, active and prepared; returns its tokenizer."""
     monkeypatch.setitem(prepare.CONTRACTS, "tiny", TINY)
     monkeypatch.setenv("AUTORESEARCH_CONTRACT", "tiny")
-    for number in range(5):
-        write_shard(tmp_path / "cache" / "tiny" / "parquet" / f"shard_{number:05d}.parquet", some_texts(number))
-    return prepare.prepare(TINY, 3)
+    forget()
+    shutil.copytree(tiny_cache, tmp_path / "cache")
+    return prepare.Tokenizer.from_directory()
 
 
 @pytest.fixture(scope="session")

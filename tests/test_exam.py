@@ -1,45 +1,93 @@
-"""The exam: one number for one model, whatever the batch size; cheating and broken models are refused by name."""
+"""The exam: one number for one model, whatever the batch size; what a model must not know is refused.
+
+What leaks are worth, measured on the demo's exam with a table of bigram counts (2.925 bpb): a bonus on the
+next token's logit, by how much it lowers the score, and what the probes say of it (n = 1 each):
+
+    everywhere        0.002 nats 0.0011, probes 0.0011    0.01 0.0053, 0.0053    0.15 0.0799, 0.0808
+    one position      1 nat at 254: 0.0020, 0.0022        5 nats at 77: 0.0075, 0.0085
+    some positions    5 nats at 200 to 249: 0.377, 0.394  at 65 to 119: 0.416, 0.423
+
+How far honest models move a target (nats; limit LEAK_NATS): mixture of experts 1e-6, everything else of
+HONEST 0 on a CPU in float32. HONEST_GPU_LINE
+"""
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, TINY
+from conftest import ROOT, exam_path, exam_rows
 
 import prepare
 import train
 
+CPU = torch.device("cpu")
+SEED = random.randrange(10**6)  # of what is drawn here, printed with every failure
 
-def make_exam(monkeypatch, vocab_size: int, T: int, rows: int = 16) -> prepare.Tokenizer:
-    """An active contract of any size with an exam of random rows (a token follows from the one before it, mostly)."""
-    contract = dataclasses.replace(TINY, name="exam", vocab_size=vocab_size, max_seq_len=T, eval_tokens=rows * T)
-    monkeypatch.setitem(prepare.CONTRACTS, "exam", contract)
-    monkeypatch.setenv("AUTORESEARCH_CONTRACT", "exam")
-    prepare.active_contract.cache_clear()
-    tokens = [bytes([i]) for i in range(256)] + [bytes([i % 256, i // 256]) for i in range(256, vocab_size - 4)]
-    tokenizer = prepare.Tokenizer({token: rank for rank, token in enumerate(tokens)})
-    manifest = prepare.Manifest(contract)
-    manifest.folder.mkdir(parents=True)
-    lines = (prepare.base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
-    (manifest.folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
-    manifest.update(tokenizer=tokenizer.digest(), shards=1)
-    for seed, split in enumerate(("val", "test")):
-        path = manifest.derived(f"{split}.npy")
-        path.parent.mkdir(exist_ok=True)
-        np.save(path, some_rows(vocab_size, T, rows, seed).numpy().astype(np.uint16))
-        manifest.update(**{split: prepare._sha256(path)})
-    return tokenizer
+
+class Counts(nn.Module):
+    """An honest model whose log-probabilities go down to -20: what followed each token in some rows."""
+
+    def __init__(self, vocab_size, rows):
+        super().__init__()
+        counts = torch.full((vocab_size, vocab_size), 1e-6)
+        counts.index_put_((rows[:, :-1].flatten(), rows[:, 1:].flatten()), torch.ones(()), accumulate=True)
+        self.register_buffer("table", (counts / counts.sum(1, keepdim=True)).log())
+
+    def forward(self, idx):
+        return self.table[idx]
+
+
+class Leaky(Counts):
+    """`bonus` nats on the token `ahead` positions later, at `places`."""
+
+    def __init__(self, vocab_size, rows, bonus, places, ahead=1):
+        super().__init__(vocab_size, rows)
+        self.bonus, self.places, self.ahead = bonus, places, ahead
+
+    def forward(self, idx):
+        known = torch.zeros(idx.size(1))
+        known[self.places] = self.bonus
+        known[-self.ahead :] = 0  # nothing is there to be seen
+        seen = idx.roll(-self.ahead, 1)[..., None]
+        return super().forward(idx).scatter_add(2, seen, known[None, :, None].expand(seen.shape).contiguous())
+
+
+class Small(nn.Module):
+    """Embedding, `mix` (B, T, C) -> (B, T, C) beside it, head; most models here change one thing of it."""
+
+    def __init__(self, vocab_size, mix=torch.zeros_like):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wte, self.lm_head = nn.Embedding(vocab_size, 32), nn.Linear(32, vocab_size, bias=False)
+        self.mix = mix
+
+    def forward(self, idx):
+        x = self.wte(idx)
+        return self.lm_head(x + self.mix(x))
+
+
+class Remembers(Small):
+    """Logits sharpen from call to call, once `after` calls are over."""
+
+    calls = 0
+
+    def __init__(self, vocab_size, after):
+        super().__init__(vocab_size)
+        self.after = after
+
+    def forward(self, idx):
+        self.calls += 1
+        return super().forward(idx) * (1 + 0.1 * max(self.calls - self.after, 0))
 
 
 def some_rows(vocab_size: int, T: int, rows: int, seed: int) -> torch.Tensor:
@@ -53,84 +101,32 @@ def some_rows(vocab_size: int, T: int, rows: int, seed: int) -> torch.Tensor:
     return x
 
 
-def honest_gpt(kind: str, vocab_size: int, T: int, dtype, depth: int, width: int, pattern: str, steps: int,
-               compiled: bool = False, n_kv_head: int | None = None, bigram_rows: int = 4096, head_dim: int = 64):
+def small_gpt(tokenizer, pattern="SL", dtype=torch.float32, steps=3, device=CPU, T=32, depth=3, width=64,
+              head_dim=32, n_kv_head=None, bigram_rows=4096):
     """A model of train.py after some optimizer steps, so that no projection is zero any more."""
     windows = train.window_sizes(pattern, depth, max(T // 8, 1), T)
     n_head = width // head_dim
-    config = train.GPTConfig(vocab_size, T, depth, n_head, n_kv_head or n_head, width, windows, bigram_rows)
-    device = torch.device(kind)
+    config = train.GPTConfig(tokenizer.get_vocab_size(), T, depth, n_head, n_kv_head or n_head, width, windows,
+                             bigram_rows)
     model, optimizer = train.build(config, device, dtype, False, 0)
-    rows = some_rows(vocab_size, T, 8, seed=5).to(device)
-    with autocast(kind, dtype):
+    rows = some_rows(config.vocab_size, T, 8, seed=5).to(device)
+    with autocast(device, dtype):
         for _ in range(steps):
             train.train_step(model, optimizer, [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())])
-    if compiled:
-        train.compile_parts()
     return model
 
 
-def autocast(kind: str, dtype):
-    return torch.autocast(kind, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
 
-class FourierConvolution(nn.Module):
-    """An honest spectral model: a long causal convolution per channel, by FFT over twice the length."""
-
-    def __init__(self, vocab_size: int, T: int, width: int = 64, layers: int = 2):
-        super().__init__()
-        self.wte, self.lm_head = nn.Embedding(vocab_size, width), nn.Linear(width, vocab_size, bias=False)
-        decay = torch.exp(-torch.arange(T) / (T / 8))[:, None]
-        self.filters = nn.ParameterList(decay * torch.randn(T, width) for _ in range(layers))
-        self.mixes = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
-
-    def forward(self, idx):
-        x, T = self.wte(idx), idx.size(1)
-        for kernel, mix in zip(self.filters, self.mixes):
-            spectrum = torch.fft.rfft(F.rms_norm(x, x.shape[-1:]).float(), 2 * T, dim=1)
-            mixed = torch.fft.irfft(spectrum * torch.fft.rfft(kernel[:T], 2 * T, dim=0), 2 * T, dim=1)[:, :T]
-            x = x + mix(mixed)
-        return 15 * torch.tanh(self.lm_head(F.rms_norm(x, x.shape[-1:])).float() / 15)
-
-
-def largest_deviation(monkeypatch, model, batch_size: int) -> float:
-    """Run check_model; return the largest share by which its probes saw a log-probability move."""
-    seen = []
-    refuse = prepare._refuse_if_moved
-
-    def record(before, after, what):
-        before, after = before.clamp(-30, 30), after.clamp(-30, 30)
-        seen.append(((before - after).abs().max() / before.abs().max().clamp(min=1)).item())
-        refuse(before, after, what)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_refuse_if_moved", record)
-        prepare.check_model(model, batch_size)
-    return max(seen)
-
-
-class Small(nn.Module):
-    """Embedding, `mix` (B, T, C) -> (B, T, C) on top of it, head; the rest of the models here change one thing."""
-
-    def __init__(self, vocab_size: int, mix=torch.zeros_like):
-        super().__init__()
-        torch.manual_seed(0)
-        self.wte, self.lm_head = nn.Embedding(vocab_size, 32), nn.Linear(32, vocab_size, bias=False)
-        self.mix = mix
-
-    def forward(self, idx):
-        x = self.wte(idx)
-        return self.lm_head(x + self.mix(x))
-
-
-def small_gpt(tokenizer, pattern="SL", dtype=torch.float32, steps=3, **options):
-    return honest_gpt("cpu", tokenizer.get_vocab_size(), 32, dtype, 3, 64, pattern, steps, head_dim=32, **options)
+def val_rows():
+    return torch.from_numpy(exam_rows("val"))
 
 
 @pytest.fixture(autouse=True)
-def plain_attention(monkeypatch):
-    monkeypatch.setattr(train, "BACKENDS", {})
-    train.choose_attention(torch.device("cpu"), "sdpa")
+def plain_attention():
+    train.choose_attention(CPU, "sdpa")
 
 
 @pytest.fixture(autouse=True)
@@ -150,10 +146,20 @@ def lines() -> list[dict]:
         return []
 
 
+def refused(model, tokenizer, match, batch_size=16):
+    with pytest.raises(prepare.ExamError, match=match) as raised:
+        prepare.evaluate_bpb(model, tokenizer, batch_size)
+    assert lines() == []
+    return str(raised.value)
+
+
+# The number
+
+
 def bpb_row_by_row(model, tokenizer, split="val") -> float:
-    """The formula for one row at a time, in float64, token bytes from the tokenizer's own decoder."""
+    """The formula for one row at a time, in float64, token bytes from tiktoken's own decoder."""
     nats, count = 0.0, 0
-    for row in np.load(prepare.Manifest(prepare.active_contract()[0]).derived(f"{split}.npy")).astype(np.int64):
+    for row in exam_rows(split):
         with torch.no_grad():
             logits = model(torch.from_numpy(row[None, :-1]))[0].double().numpy()
         for scores, target in zip(logits, row[1:]):
@@ -161,9 +167,6 @@ def bpb_row_by_row(model, tokenizer, split="val") -> float:
                 nats += math.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[target]
                 count += len(tokenizer.encoding.decode_single_token_bytes(int(target)))
     return nats / (math.log(2) * count)
-
-
-# The number
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 128])
@@ -174,12 +177,11 @@ def test_bpb_is_the_row_by_row_oracles_for_every_batch_size(tiny, batch_size):
 
 
 def test_a_uniform_model_scores_its_closed_form(tiny):
-    rows = np.load(prepare.Manifest(TINY).derived("val.npy"))
-    assert rows.shape == (TINY.eval_tokens // TINY.max_seq_len, TINY.max_seq_len + 1)
-    targets = rows[:, 1:][rows[:, 1:] < tiny.get_bos_token_id()].tolist()
+    targets = exam_rows("val")[:, 1:]
+    assert (targets == tiny.get_bos_token_id()).any()  # reserved tokens are there to be left out
+    targets = targets[targets < tiny.get_bos_token_id()].tolist()
     text_bytes = sum(len(tiny.encoding.decode_single_token_bytes(token)) for token in targets)
     expected = len(targets) * math.log2(tiny.get_vocab_size()) / text_bytes
-    assert (rows[:, 1:] == tiny.get_bos_token_id()).any()  # reserved tokens are there to be left out
     uniform = lambda x: torch.zeros(*x.shape, tiny.get_vocab_size())  # noqa: E731
     assert prepare.evaluate_bpb(uniform, tiny, 7) == pytest.approx(expected, rel=1e-6)
 
@@ -193,33 +195,35 @@ def test_the_models_own_loss_is_never_used(tiny):
     assert prepare.evaluate_bpb(flatters, tiny, 16) == prepare.evaluate_bpb(honest, tiny, 16) > 0
 
 
-def test_adding_a_constant_to_all_logits_changes_nothing(tiny):
+def test_a_constant_on_all_logits_and_rounded_logits_score_as_what_they_are(tiny):
     model = small_gpt(tiny)
     plain = prepare.evaluate_bpb(model, tiny, 16)
     assert prepare.evaluate_bpb(lambda x: model(x) + 100, tiny, 16) == pytest.approx(plain, abs=1e-4)
     assert prepare.evaluate_bpb(lambda x: model(x).double() - 1e6, tiny, 16) == pytest.approx(plain, abs=0.05)
+    rounded = lambda x: model(x).bfloat16()  # noqa: E731
+    assert prepare.evaluate_bpb(rounded, tiny, 16) == pytest.approx(bpb_row_by_row(rounded, tiny), abs=1e-6)
 
 
-def test_the_model_is_in_eval_mode_without_gradients_and_left_as_it_was(tiny):
-    class Dropped(Small):
+def test_the_model_is_in_eval_mode_without_gradients_and_each_module_left_as_it_was(tiny):
+    class Watched(Small):
         def forward(self, idx):
-            assert not self.training and not torch.is_grad_enabled()
+            assert not self.training and not self.wte.training and not torch.is_grad_enabled()
             return super().forward(idx)
 
-    model = Dropped(tiny.get_vocab_size())
+    model = Watched(tiny.get_vocab_size())
+    model.wte.eval()
     prepare.evaluate_bpb(model, tiny, 16)
-    assert model.training
-    model.eval()
     prepare.check_model(model, 16)
-    assert not model.training
+    assert model.training and model.lm_head.training and not model.wte.training
 
 
-def test_the_model_gets_the_inputs_and_no_storage_that_holds_the_targets(tiny):
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_the_model_gets_the_inputs_and_no_storage_that_holds_the_targets(tiny, batch_size):
     seen = []
 
     class Grabs(Small):
         def forward(self, idx, targets=None, **more):
-            assert targets is None and not more
+            assert targets is None and not more and idx.dtype == torch.int64
             assert idx._base is None and idx.is_contiguous() and idx.storage_offset() == 0
             assert idx.untyped_storage().nbytes() == idx.numel() * idx.element_size()
             seen.append(tuple(idx.shape))
@@ -228,11 +232,73 @@ def test_the_model_gets_the_inputs_and_no_storage_that_holds_the_targets(tiny):
             return logits
 
     spoiler, honest = Grabs(tiny.get_vocab_size()), Small(tiny.get_vocab_size())
-    assert prepare.evaluate_bpb(spoiler, tiny, 7) == prepare.evaluate_bpb(honest, tiny, 7)
-    assert set(seen) == {(7, 32)}  # one shape: one compilation
+    assert prepare.evaluate_bpb(spoiler, tiny, batch_size) == prepare.evaluate_bpb(honest, tiny, batch_size)
+    assert set(seen) == {(batch_size, 32)}  # one shape: one compilation
 
 
-# Refusals
+# The future
+
+
+def drawn_leaks():
+    draw = random.Random(SEED)
+    for _ in range(6):
+        start = draw.randrange(30)
+        yield draw.choice((0.05, 0.5, 5)), slice(start, draw.randrange(start + 5, 37)), draw.choice((1, 1, 2))
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 100])
+@pytest.mark.parametrize("bonus, places", [
+    (0.01, slice(None)), (0.05, slice(None)), (0.15, slice(None)), (-0.05, slice(None)),  # faint, everywhere
+    (5, slice(0, 1)), (1, slice(17, 18)), (5, slice(30, 31)), (0.3, slice(7, 11)),  # at one position, at some
+    (5, slice(20, 25))])
+def test_a_leak_of_the_next_token_is_refused_at_any_place_and_strength(tiny, bonus, places, batch_size):
+    leaky = Leaky(tiny.get_vocab_size(), val_rows(), bonus, places)
+    message = refused(leaky, tiny, "sees the future.* at position [0-9]+ ", batch_size)
+    assert "bits per byte" in message
+
+
+@pytest.mark.parametrize("bonus, places, ahead", list(drawn_leaks()))
+def test_a_leak_drawn_at_random_is_refused(tiny, bonus, places, ahead):
+    print(f"seed {SEED}: {bonus} nats at {places}, {ahead} ahead")
+    refused(Leaky(tiny.get_vocab_size(), val_rows(), bonus, places, ahead), tiny, "sees the future")
+
+
+def test_what_the_probes_say_a_leak_is_worth_is_what_it_gains(tiny, monkeypatch):
+    """Oracle: the score with and without it; the positions that are cut are a sample of 31 of 2,048."""
+    monkeypatch.setattr(prepare, "LEAK_BPB", 100)
+    monkeypatch.setattr(prepare, "LEAK_NATS", 100)
+    honest, leaky = (Leaky(tiny.get_vocab_size(), val_rows(), bonus, slice(None)) for bonus in (0, 0.15))
+    gain = prepare.evaluate_bpb(honest, tiny, 16) - prepare.evaluate_bpb(leaky, tiny, 16)
+    monkeypatch.setattr(prepare, "LEAK_NATS", 0.001)
+    with pytest.raises(prepare.ExamError) as raised:
+        prepare.evaluate_bpb(leaky, tiny, 16)
+    said = float(str(raised.value).split("the score by ")[1].split()[0])
+    assert said == pytest.approx(gain, rel=0.3) and gain > 0.02
+
+
+LEAKS = {
+    "mean over time": lambda x: x.mean(1, keepdim=True).expand_as(x),
+    "spectral filter": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=1) * torch.linspace(1, 0, 17)[:, None], 32, 1),
+    "maximum from the right": lambda x: x.flip(1).cummax(1)[0].flip(1),
+    "bag of later tokens": lambda x: x.flip(1).cumsum(1).flip(1) - x,
+    "own chunk": lambda x: x.unflatten(1, (-1, 8)).mean(2).repeat_interleave(8, 1),
+    "chunks of two": lambda x: x.unflatten(1, (-1, 2)).sum(2).repeat_interleave(2, 1),
+    "scan off by one chunk": lambda x: x.unflatten(1, (-1, 8)).sum(2).cumsum(1).repeat_interleave(8, 1),
+    "next token": lambda x: F.pad(x[:, 1:], (0, 0, 0, 1)),
+    "token far ahead": lambda x: F.pad(x[:, 16:], (0, 0, 0, 16)),
+    "last token": lambda x: x[:, -1:].expand_as(x),
+    "norm over time": lambda x: -x + (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_a_model_that_mixes_later_tokens_in_is_refused_in_warm_up_already(tiny, leak, batch_size):
+    model = Small(tiny.get_vocab_size(), LEAKS[leak])
+    if batch_size > 1 or leak not in ("own chunk", "chunks of two"):  # two cuts may fall on the ends of chunks
+        with pytest.raises(prepare.ExamError, match="sees the future"):
+            prepare.check_model(model, batch_size)
+    refused(model, tiny, "sees the future", batch_size)
 
 
 def future_attention(q, k, v, window):
@@ -244,84 +310,70 @@ def future_attention(q, k, v, window):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-LEAKS = {
-    "mean over time": lambda x: x.mean(1, keepdim=True).expand_as(x),
-    "spectral filter": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=1) * torch.linspace(1, 0, 17)[:, None], 32, 1),
-    "cumulative max from the right": lambda x: x.flip(1).cummax(1)[0].flip(1),
-    "chunk-wise recurrence": lambda x: x.unflatten(1, (-1, 8)).mean(2).repeat_interleave(8, 1),
-    "chunks of two": lambda x: x.unflatten(1, (-1, 2)).sum(2).repeat_interleave(2, 1),
-    "next token": lambda x: F.pad(x[:, 1:], (0, 0, 0, 1)),
-    "faint next token": lambda x: 0.05 * F.pad(x[:, 1:], (0, 0, 0, 1)),
-    "token far ahead": lambda x: F.pad(x[:, 16:], (0, 0, 0, 16)),
-    "norm over time": lambda x: -x + (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True),
-}
+@pytest.mark.parametrize("pattern", ["L", "SL"])
+def test_attention_off_by_one_to_the_right_is_refused(tiny, monkeypatch, pattern):
+    model = small_gpt(tiny, pattern, steps=30)
+    prepare.check_model(model, 16)
+    monkeypatch.setattr(train, "attention", future_attention)
+    refused(model, tiny, "sees the future")
+
+
+def test_a_masked_vocabulary_entry_or_a_constant_does_not_hide_a_leak(tiny):
+    leaky, honest = Small(tiny.get_vocab_size(), LEAKS["next token"]), Small(tiny.get_vocab_size())
+    masked = torch.zeros(tiny.get_vocab_size())
+    masked[-3:] = -1e9
+    for hidden in (lambda x: leaky(x) + masked, lambda x: leaky(x) + 1e4):
+        refused(hidden, tiny, "sees the future")
+    prepare.check_model(lambda x: honest(x) + masked, 16)
+
+
+@pytest.mark.parametrize("bug", ["a position is never cut", "a share instead of nats", "no mean over the cuts"])
+def test_a_bug_in_the_probes_would_be_noticed(tiny, monkeypatch, bug):
+    """The leaks above are refused only by the whole of the probes: take a part away, and one is scored."""
+    probes, vocab_size = prepare._probes, tiny.get_vocab_size()
+
+    def with_bug(*arguments, **options):
+        for what, moved, weights in probes(*arguments, **options):
+            if bug == "a position is never cut" and what == "sees the future":
+                moved[weights[:, 17] > 0], weights[weights[:, 17] > 0] = 0, 0
+            yield what, moved / 28 if bug == "a share instead of nats" else moved, weights
+
+    monkeypatch.setattr(prepare, "_probes", with_bug)
+    if bug == "no mean over the cuts":
+        monkeypatch.setattr(prepare, "LEAK_BPB", 1)
+    leak = (1, slice(17, 18)) if bug == "a position is never cut" else (0.02, slice(None))
+    assert prepare.evaluate_bpb(Leaky(vocab_size, val_rows(), *leak), tiny, 16) > 0
+
+
+# Other rows, earlier calls, chance
+
 MIXES = {
     "batch norm": lambda x: F.batch_norm(x.transpose(1, 2), None, None, training=True).transpose(1, 2),
     "mean over the batch": lambda x: x.mean(0, keepdim=True).expand_as(x),
     "in-batch retrieval": lambda x: (x @ x.roll(1, 0).mT).tril().softmax(-1).tril() @ x.roll(1, 0),
+    "the row two places on": lambda x: x.roll(-2, 0),
+    "row 5 sees row 3": lambda x: torch.zeros_like(x).index_copy(0, torch.tensor([5]), x[3:4]),
 }
-
-
-@pytest.mark.parametrize("leak", LEAKS)
-@pytest.mark.parametrize("batch_size", [1, 16])
-def test_a_model_that_sees_the_future_is_refused(tiny, leak, batch_size):
-    model = Small(tiny.get_vocab_size(), LEAKS[leak])
-    with pytest.raises(prepare.ExamError, match=r"sees the future: tokens after position \d+ change the logits"):
-        prepare.check_model(model, batch_size)
-    with pytest.raises(prepare.ExamError, match="sees the future"):
-        prepare.evaluate_bpb(model, tiny, batch_size)
-    assert lines() == []
-
-
-@pytest.mark.parametrize("pattern", ["L", "SL"])
-def test_attention_off_by_one_to_the_right_is_refused(tiny, monkeypatch, pattern):
-    model = small_gpt(tiny, pattern)
-    prepare.check_model(model, 16)
-    monkeypatch.setitem(train.BACKENDS, "in use", future_attention)
-    with pytest.raises(prepare.ExamError, match="sees the future: tokens after position 0 "):
-        prepare.check_model(model, 16)
-
-
-def test_a_masked_vocabulary_entry_or_a_constant_does_not_hide_a_leak(tiny):
-    """Logits are compared as log-probabilities: a scale taken from the largest logit would be 1e9 here."""
-    leaky = Small(tiny.get_vocab_size(), LEAKS["next token"])
-    masked = torch.zeros(tiny.get_vocab_size())
-    masked[-3:] = -1e9
-    for hidden in (lambda x: leaky(x) + masked, lambda x: leaky(x) + 1e4):
-        with pytest.raises(prepare.ExamError, match="sees the future"):
-            prepare.check_model(hidden, 16)
-    honest = Small(tiny.get_vocab_size())
-    prepare.check_model(lambda x: honest(x) + masked, 16)
 
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_model_whose_rows_depend_on_other_rows_is_refused(tiny, mix):
-    model = Small(tiny.get_vocab_size(), MIXES[mix])
-    with pytest.raises(prepare.ExamError, match=r"mixes rows: other rows of the batch change the logits of row \d+"):
-        prepare.check_model(model, 16)
+    refused(Small(tiny.get_vocab_size(), MIXES[mix]), tiny, "mixes rows of a batch")
 
 
-class Remembers(Small):
-    """Logits sharpen from call to call, once `after` calls are over."""
-
-    def __init__(self, vocab_size, after):
-        super().__init__(vocab_size)
-        self.calls, self.after = 0, after
-
-    def forward(self, idx):
-        self.calls += 1
-        return super().forward(idx) * (1 + 0.1 * max(self.calls - self.after, 0))
-
-
-def test_a_model_with_state_between_calls_is_refused_at_once(tiny):
-    with pytest.raises(prepare.ExamError, match="has memory: the same batch, given twice"):
+def test_a_model_with_state_between_calls_is_refused_at_once_and_one_that_begins_later_in_the_exam(tiny):
+    with pytest.raises(prepare.ExamError, match="has memory or is random"):
         prepare.check_model(Remembers(tiny.get_vocab_size(), 0), 16)
+    refused(Remembers(tiny.get_vocab_size(), 12), tiny, "has memory or is random", 4)
 
 
-def test_a_model_that_begins_to_remember_during_the_exam_is_refused_at_its_end(tiny):
-    with pytest.raises(prepare.ExamError, match="has memory: the first batch, scored again at the end"):
-        prepare.evaluate_bpb(Remembers(tiny.get_vocab_size(), 12), tiny, 4)
-    assert lines() == []
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
+def test_dropout_that_is_on_in_the_exam_is_refused_as_random(tiny, share):
+    model = Small(tiny.get_vocab_size(), lambda x: F.dropout(x, share))
+    refused(model, tiny, "has memory or is random")
+
+
+# What is no answer
 
 
 def broken(change):
@@ -329,9 +381,9 @@ def broken(change):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (broken(lambda logits: logits.index_fill(1, torch.tensor([5]), math.nan)), r"non-finite logits"),
-    (broken(lambda logits: logits.index_fill(2, torch.tensor([5]), math.inf)), r"returned \d+ non-finite"),
-    (broken(lambda logits: logits.index_fill(2, torch.tensor([5]), -math.inf)), r"non-finite logits"),
+    (broken(lambda logits: logits.index_fill(1, torch.tensor([5]), math.nan)), "non-finite logits"),
+    (broken(lambda logits: logits.index_fill(2, torch.tensor([5]), math.inf)), "non-finite logits"),
+    (broken(lambda logits: logits.index_fill(2, torch.tensor([5]), -math.inf)), "non-finite logits"),
     (broken(lambda logits: logits[..., :-1]), r"returned \(4, 32, 337\); .* shape \(4, 32, 338\)"),
     (broken(lambda logits: F.pad(logits, (0, 1))), r"returned \(4, 32, 339\)"),
     (broken(lambda logits: logits[:, -1:]), r"returned \(4, 1, 338\)"),
@@ -342,136 +394,180 @@ def broken(change):
 ])
 def test_logits_of_a_wrong_kind_are_refused_by_what_was_seen(tiny, wrong, message):
     assert tiny.get_vocab_size() == 338
-    model = wrong(Small(338))
-    for ask in (lambda: prepare.check_model(model, 4), lambda: prepare.evaluate_bpb(model, tiny, 4)):
-        with pytest.raises(prepare.ExamError, match=message):
-            ask()
-    assert lines() == []
+    with pytest.raises(prepare.ExamError, match=message):
+        prepare.check_model(wrong(Small(338)), 4)
+    refused(wrong(Small(338)), tiny, message, 4)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_logit_that_is_not_finite_in_the_last_row_alone_is_refused(tiny, value):
-    row = np.load(prepare.Manifest(prepare.active_contract()[0]).derived("val.npy"))[-1].astype(np.int64)
+    row = val_rows()[-1]
     no_target = (row[-1] + 1) % 338  # at the last position
     small = Small(338)
 
     def model(x):
         logits = small(x)
-        logits[(x == torch.from_numpy(row[:-1])).all(dim=1), -1, no_target] = value
+        logits[(x == row[:-1]).all(dim=1), -1, no_target] = value
         return logits
 
-    with pytest.raises(prepare.ExamError, match="non-finite logits in one of its batches"):
-        prepare.evaluate_bpb(model, tiny, 4)
+    refused(model, tiny, "non-finite logits", 4)
 
 
-def test_a_tampered_exam_and_a_missing_one_are_refused(tiny):
-    path = prepare.Manifest(TINY).derived("val.npy")
-    rows = np.load(path)
-    rows[3, 4] += 1
-    np.save(path, rows)
-    with pytest.raises(prepare.ExamError, match="val.npy is not the exam that was packed"):
-        prepare.evaluate_bpb(Small(tiny.get_vocab_size()), tiny, 16)
-    path.unlink()
-    with pytest.raises(prepare.ExamError, match="val.npy is not the exam that was packed"):
-        prepare.evaluate_bpb(Small(tiny.get_vocab_size()), tiny, 16)
-    assert lines() == []
-
-
-def test_another_tokenizer_is_refused(tiny):
-    """One whose tokens claim more bytes would lower the number."""
+def test_a_tampered_exam_a_missing_one_and_another_tokenizer_are_refused(tiny):
+    """A tokenizer whose tokens claim more bytes would lower the number."""
     longer = {tiny.encoding.decode_single_token_bytes(i): i for i in range(tiny.get_bos_token_id())}
     longer[b" a much longer token"] = longer.pop(tiny.encoding.decode_single_token_bytes(300))
-    with pytest.raises(prepare.ExamError, match="the tokenizer is not the one the exam was packed with"):
-        prepare.evaluate_bpb(Small(tiny.get_vocab_size()), prepare.Tokenizer(longer), 16)
+    model, path = Small(tiny.get_vocab_size()), exam_path("val")
+    refused(model, prepare.Tokenizer(longer), "tokenizer is not the one")
+    body = bytearray(path.read_bytes())
+    body[-100] ^= 1
+    path.write_bytes(body)
+    refused(model, tiny, f"{path.name} is not the exam that was packed")
+    path.unlink()
+    refused(model, tiny, f"{path.name} is not the exam that was packed")
 
 
 # Honest models are never refused
 
 
+class ChunkedLinearAttention(nn.Module):
+    def __init__(self, C, chunk=8):
+        super().__init__()
+        self.qkv, self.chunk = nn.Linear(C, 3 * C, bias=False), chunk
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(1, (-1, self.chunk)) for t in self.qkv(x).chunk(3, -1))
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        state = F.pad((k.mT @ v).cumsum(1)[:, :-1], (0, 0, 0, 0, 1, 0))  # at each chunk's beginning
+        seen = F.pad(k.sum(2).cumsum(1)[:, :-1], (0, 0, 1, 0))
+        y = q @ state + (q @ k.mT).tril() @ v
+        return (y / (q * (seen[:, :, None] + k.cumsum(2))).sum(-1, keepdim=True)).flatten(1, 2)
+
+
+class StateSpaceScan(nn.Module):
+    def __init__(self, C):
+        super().__init__()
+        self.a, self.b = nn.Linear(C, C), nn.Linear(C, C)
+
+    def forward(self, x):
+        a, b, reach = torch.sigmoid(self.a(x)), self.b(x), 1
+        while reach < x.size(1):  # an associative scan by doubling
+            b = b + a * F.pad(b[:, :-reach], (0, 0, reach, 0))
+            a = a * F.pad(a[:, :-reach], (0, 0, reach, 0), value=1.0)
+            reach *= 2
+        return b
+
+
+class Experts(nn.Module):
+    """Two experts of eight per token, none dropped: each expert's matrix product has as many rows as chose it."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.router, self.w = nn.Linear(C, 8, bias=False), nn.Parameter(torch.randn(8, C, C) * C**-0.5)
+
+    def forward(self, x):
+        flat = x.flatten(0, 1)
+        weight, expert = self.router(flat).softmax(-1).topk(2, -1)
+        y = torch.zeros_like(flat)
+        for e in range(8):
+            token, choice = torch.where(expert == e)
+            y = y.index_add(0, token, ((flat[token] @ self.w[e]) * weight[token, choice, None]).to(y.dtype))
+        return y.view_as(x) + F.pad(x[:, :-1], (0, 0, 1, 0))
+
+
+class SoftExperts(Experts):
+    def forward(self, x):
+        return torch.einsum("bte,btc,ecd->btd", self.router(x).softmax(-1), x, self.w)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, C):
+        super().__init__()
+        self.lstm = nn.LSTM(C, C, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+class FourierConvolution(nn.Module):
+    """A long causal convolution per channel, by FFT over twice the length, in float32."""
+
+    def __init__(self, C, longest=2048):
+        super().__init__()
+        self.filter = nn.Parameter(torch.exp(-torch.arange(longest) / 64)[:, None] * torch.randn(longest, C))
+
+    def forward(self, x):
+        T = x.size(1)
+        spectrum = torch.fft.rfft(x.float(), 2 * T, dim=1) * torch.fft.rfft(self.filter[:T], 2 * T, dim=0)
+        return torch.fft.irfft(spectrum, 2 * T, dim=1)[:, :T]
+
+
+HONEST = [ChunkedLinearAttention, StateSpaceScan, Experts, SoftExperts, Recurrent, FourierConvolution]
+
+
+class Stack(nn.Module):
+    """Layers of a kind between an embedding and a head; logits as large as a trained model's."""
+
+    def __init__(self, kind, vocab_size, C=64, layers=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wte, self.lm_head = nn.Embedding(vocab_size, C), nn.Linear(C, vocab_size, bias=False)
+        nn.init.normal_(self.lm_head.weight, 0, 0.5)
+        self.layers = nn.ModuleList(kind(C) for _ in range(layers))
+
+    def forward(self, idx):
+        x = self.wte(idx)
+        for layer in self.layers:
+            x = x + layer(F.rms_norm(x, x.shape[-1:]))
+        return 15 * torch.tanh(self.lm_head(F.rms_norm(x, x.shape[-1:])).float() / 15)
+
+
+def largest_movement(model, tokenizer, batch_size) -> float:
+    """By how many nats the exam's probes move a target of a model, at most, which it must not refuse."""
+    seen, probes = [0.0], prepare._probes
+
+    def watched(*arguments, **options):
+        for what, moved, weights in probes(*arguments, **options):
+            seen.append(moved.abs().max().item())
+            yield what, moved, weights
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "_probes", watched)
+        prepare.evaluate_bpb(model, tokenizer, batch_size)
+        prepare.check_model(model, batch_size)
+    return max(seen)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+@pytest.mark.parametrize("kind", HONEST)
+def test_honest_models_of_many_kinds_pass_with_room(tiny, kind, batch_size):
+    assert largest_movement(Stack(kind, tiny.get_vocab_size()), tiny, batch_size) < 1e-4 < prepare.LEAK_NATS / 100
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pattern, options", [
     ("L", {}), ("S", {}), ("SL", {"n_kv_head": 1}), ("SSSL", {"bigram_rows": 0}), ("SSSSL", {"steps": 0})])
-@pytest.mark.parametrize("batch_size", [1, 5, 16])
+@pytest.mark.parametrize("batch_size", [5, 16])
 def test_honest_models_of_train_py_pass(tiny, dtype, pattern, options, batch_size):
     model = small_gpt(tiny, pattern, dtype, **options)
-    with autocast("cpu", dtype):
-        prepare.check_model(model, batch_size)
+    with autocast(CPU, dtype):
+        assert largest_movement(model, tiny, batch_size) < 1e-4
 
 
-def test_a_compiled_model_scores_as_the_plain_one(tiny):
+def test_a_compiled_model_and_an_average_of_weights_pass(tiny):
     """backend="eager": Dynamo's wrapper without the need for a C++ compiler."""
     model = small_gpt(tiny)
     compiled = torch.compile(model, dynamic=False, backend="eager")
     assert prepare.evaluate_bpb(compiled, tiny, 16) == prepare.evaluate_bpb(model, tiny, 16)
-
-
-def test_bf16_logits_are_scored_in_float32(tiny):
-    model = small_gpt(tiny)
-    plain = prepare.evaluate_bpb(model, tiny, 16)
-    rounded = lambda x: model(x).bfloat16()  # noqa: E731
-    assert prepare.evaluate_bpb(rounded, tiny, 16) == pytest.approx(bpb_row_by_row(rounded, tiny), abs=1e-6)
-    assert prepare.evaluate_bpb(rounded, tiny, 16) == pytest.approx(plain, rel=1e-2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_honest_causal_fourier_convolution_passes_with_room(tiny, monkeypatch, dtype):
-    """Its rounding errors do come from later tokens; in bf16 they are the largest honest deviation known."""
-    torch.manual_seed(0)
-    model = FourierConvolution(tiny.get_vocab_size(), 32)
-    with autocast("cpu", dtype):
-        moved = max(largest_deviation(monkeypatch, model, batch_size) for batch_size in (1, 16))
-    assert moved < prepare.PROBE_TOLERANCE / 2
-    assert moved > 0 or dtype == torch.bfloat16  # whose rounding may swallow it whole, as on some CPUs
-
-
-@pytest.mark.parametrize("mix", [
-    lambda x: x.cumsum(1) / torch.arange(1, 33)[:, None], lambda x: x.cummax(1)[0], lambda x: x.roll(0, 1),
-    lambda x: F.pad(x[:, :-1], (0, 0, 1, 0)), lambda x: F.layer_norm(x, (32,))])
-def test_honest_ways_to_mix_the_past_pass(tiny, mix):
-    prepare.check_model(Small(tiny.get_vocab_size(), mix), 16)
-
-
-# Memory
-
-
-class Hungry(Small):
-    """Fits `limit` rows at once; fails at first outside the probes too."""
-
-    def __init__(self, vocab_size, limit, error):
-        super().__init__(vocab_size)
-        self.limit, self.error = limit, error
-
-    def forward(self, idx):
-        if len(idx) > self.limit:
-            raise self.error
-        return super().forward(idx)
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-                                   RuntimeError("MPS backend out of memory"),
-                                   RuntimeError('torch_call_dispatcher( "aten::new_empty", "", stack.data(), '
-                                                "TORCH_ABI_VERSION) API call failed at ops.h, line 117")])
-def test_an_evaluation_that_does_not_fit_halves_its_batch_says_so_and_scores_the_same(tiny, capsys, error):
-    expected = prepare.evaluate_bpb(Small(tiny.get_vocab_size()), tiny, 16)
-    capsys.readouterr()
-    hungry = Hungry(tiny.get_vocab_size(), 5, error)
-    assert prepare.evaluate_bpb(hungry, tiny, 16) == pytest.approx(expected, abs=1e-6)
-    said = capsys.readouterr().out
-    assert "out of memory, going on with 8 rows" in said and "out of memory, going on with 4 rows" in said
-    assert len(lines()) == 2
-
-
-def test_an_error_that_is_not_about_memory_and_one_row_that_does_not_fit_are_raised(tiny):
-    for limit, error in ((5, RuntimeError("wrong shapes")), (0, torch.OutOfMemoryError("out of memory"))):
-        with pytest.raises(type(error), match=str(error)):
-            prepare.evaluate_bpb(Hungry(tiny.get_vocab_size(), limit, error), tiny, 16)
-    assert lines() == []
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    assert prepare.evaluate_bpb(average, tiny, 16) == prepare.evaluate_bpb(model, tiny, 16)
 
 
 # Evidence, held-out split, watchdog
 
-KEYS = {"time", "commit", "dirty", "train_sha256", "prepare_sha256", "contract", "split", "bpb", "seconds", "tokens",
-        "peak_memory_mb", "device", "torch", "seed"}
+KEYS = {"time", "commit", "dirty", "train_sha256", "prepare_sha256", "contract", "split", "evaluation", "bpb",
+        "seconds", "tokens", "peak_memory_mb", "device", "torch", "seed"}
 
 
 def test_a_scored_run_leaves_one_line_that_says_what_ran(tiny):
@@ -479,33 +575,25 @@ def test_a_scored_run_leaves_one_line_that_says_what_ran(tiny):
     loader = prepare.make_dataloader(tiny, 4, 32, "train", device="cpu")
     for _ in range(5):
         next(loader)
-    bpb = prepare.evaluate_bpb(Small(tiny.get_vocab_size()), tiny, 16)
+    model = Small(tiny.get_vocab_size())  # seeds with 0: the line says what the run began with
+    bpb = prepare.evaluate_bpb(model, tiny, 16)
     loader.close()
     (line,) = lines()
     assert set(line) == KEYS
     assert line["bpb"] == bpb and line["split"] == "val" and line["contract"] == prepare.fingerprint()
     assert line["tokens"] == 5 * 4 * 32 and 0 <= line["seconds"] < 60 and line["peak_memory_mb"] > 1
-    assert line["torch"] == torch.__version__ and line["device"] == prepare.device_name(torch.device("cpu"))
-    for name in ("train", "prepare"):
-        assert line[f"{name}_sha256"] == prepare._sha256(ROOT / f"{name}.py")
+    assert line["torch"] == torch.__version__ and line["device"] == prepare.device_name(CPU)
+    assert (line["seed"], line["evaluation"]) == (43, 1)
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     assert line["commit"] == (git.stdout.strip() if git.returncode == 0 else None)
-    assert isinstance(line["dirty"], bool)
+    prepare.evaluate_bpb(model, tiny, 16)
+    assert [line["evaluation"] for line in lines()] == [1, 2]
 
 
 def test_a_score_without_training_says_so_in_the_same_fields(tiny):
     prepare.evaluate_bpb(Small(tiny.get_vocab_size()), tiny, 16)
     (line,) = lines()
     assert set(line) == KEYS and line["seconds"] is None and line["tokens"] == 0
-
-
-def test_the_seed_of_the_run_is_the_one_in_the_line_whatever_is_drawn_later(tiny):
-    torch.manual_seed(43)
-    next(loader := prepare.make_dataloader(tiny, 4, 32, "train", device="cpu"))
-    Small(tiny.get_vocab_size())  # seeds with 0
-    prepare.evaluate_bpb(Small(tiny.get_vocab_size()), tiny, 16)
-    loader.close()
-    assert lines()[0]["seed"] == 43
 
 
 def test_the_held_out_split_scores_other_rows_and_the_line_says_so(tiny, monkeypatch):
@@ -615,38 +703,3 @@ print("alive")
 """)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "alive\n", "")
-
-
-# On the GPU
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("wanted, pattern, compiled, n_kv_head", [
-    ("auto", "SSSSL", False, None), ("auto", "SSSSL", True, None), ("varlen", "SL", False, 1), ("sdpa", "SSSSL", False,
-    None), ("sdpa", "L", False, 1)])
-def test_honest_bf16_models_on_the_gpu_pass_and_the_largest_deviation_is_printed(
-        monkeypatch, capsys, parts, wanted, pattern, compiled, n_kv_head):
-    monkeypatch.setattr(train, "BACKENDS", {})
-    backend, reason = train.choose_attention(torch.device("cuda"), wanted)
-    make_exam(monkeypatch, 8192, 2048)
-    model = honest_gpt("cuda", 8192, 2048, torch.bfloat16, 9, 640, pattern, 50, compiled, n_kv_head, 2**18, 128)
-    with torch.autocast("cuda", torch.bfloat16):
-        deviations = {B: largest_deviation(monkeypatch, model, B) for B in (32, 7, 1)}
-        torch.cuda.synchronize()
-        start = time.monotonic()
-        prepare.check_model(model, 32)
-        seconds = time.monotonic() - start
-    with capsys.disabled():
-        print(f"\n{backend} {pattern} compiled={compiled} kv={n_kv_head}: largest honest deviation by batch size "
-              f"{ {B: f'{moved:.2e}' for B, moved in deviations.items()} }, check_model {seconds:.2f} s ({reason})")
-
-
-@pytest.mark.cuda
-def test_an_honest_fourier_convolution_on_the_gpu_passes(monkeypatch, capsys):
-    make_exam(monkeypatch, 8192, 2048)
-    torch.manual_seed(0)
-    model = FourierConvolution(8192, 2048, width=640, layers=9).cuda()
-    with autocast("cuda", torch.float32):
-        deviations = {B: largest_deviation(monkeypatch, model, B) for B in (32, 7, 1)}
-    with capsys.disabled():
-        print(f"\nFourier convolution: { {B: f'{moved:.2e}' for B, moved in deviations.items()} }")
