@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, run
+import torch
+from conftest import ROOT, TINY, some_texts, write_shard
 
 import prepare
 
@@ -16,13 +17,13 @@ import sys
 def hook(event, arguments):
     if event == "open" and "AUTORESEARCH" in str(arguments[0]): raise SystemExit(f"opened {{arguments[0]}}")
     if event in ("socket.connect", "subprocess.Popen"): raise SystemExit(event)
-import torch, pyarrow.parquet, requests, tiktoken, rustbpe, filelock
+import torch, pyarrow.parquet, requests, tiktoken, rustbpe, filelock, tqdm
 sys.addaudithook(hook)
 import {module}, torch
 assert not torch.cuda.is_initialized()
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env={"PATH": "", "HOME": str(tmp_path), "AUTORESEARCH_CACHE": str(tmp_path / "AUTORESEARCH")})
+    env = {"PATH": "", "HOME": str(tmp_path), "AUTORESEARCH_CACHE": str(tmp_path / "AUTORESEARCH")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -32,33 +33,42 @@ def test_every_contract_has_an_exam_of_whole_rows():
         assert contract.eval_tokens % contract.max_seq_len == 0
 
 
-def test_the_environment_goes_before_the_remembered_contract_and_that_before_the_device(monkeypatch, tmp_path):
-    assert prepare.active_contract()[0].name in ("demo", "climbmix")
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "active").write_text("tinystories")
-    prepare.active_contract.cache_clear()
-    assert prepare.active_contract()[0].name == "tinystories"
-    assert (prepare.MAX_SEQ_LEN, prepare.VOCAB_SIZE) == (512, 4096)
+def test_the_environment_goes_before_the_remembered_contract_and_that_before_the_device(
+        tiny, command, monkeypatch, forget):
+    monkeypatch.setattr(prepare, "PATIENCE", 0.6)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    assert command("--contract", "climbmix")[0] == 1  # remembered is what was prepared
+    monkeypatch.delenv("AUTORESEARCH_CONTRACT")
+    forget()
+    assert prepare.active_contract()[0].name == ("climbmix" if torch.cuda.is_available() else "demo")
+    assert command("--contract", "tiny")[0] == 0
+    forget()
+    assert prepare.active_contract()[0] == TINY
+    assert (prepare.MAX_SEQ_LEN, prepare.VOCAB_SIZE) == (32, 400)
     monkeypatch.setenv("AUTORESEARCH_CONTRACT", "climbmix")
-    prepare.active_contract.cache_clear()
+    forget()
     assert prepare.active_contract()[0].name == "climbmix"
     assert (prepare.MAX_SEQ_LEN, prepare.TIME_BUDGET, prepare.EVAL_TOKENS) == (2048, 300, 40 * 524_288)
 
 
-def test_the_fingerprint_changes_with_the_budget_the_tokenizer_and_the_exam_and_nothing_else(tiny, monkeypatch):
+def test_the_fingerprint_changes_with_budget_tokenizer_and_exam_and_nothing_else(
+        tiny, monkeypatch, forget, tmp_path):
     first = prepare.fingerprint(TINY)
-    assert first == prepare.fingerprint() and first.startswith("tiny-") and len(first) == len("tiny-") + 8
+    assert first == prepare.fingerprint()
+    assert first.startswith("tiny-") and len(first) == len("tiny-") + 8
     prepare.prepare(TINY, 2)  # fewer training shards
     assert prepare.fingerprint(TINY) == first
-    monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "7")
-    prepare.active_contract.cache_clear()
-    seen = {first, prepare.fingerprint()}
-    for field in ("val", "tokenizer"):
-        data = prepare.Manifest(TINY).data
-        prepare.Manifest(TINY).update(**{field: "0" * 64})
+    seen = {first}
+    for changed, shard in ("exam", 4), ("tokenizer", 0):
+        monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / changed))
+        for number in range(5):
+            path = tmp_path / changed / "tiny" / "parquet" / f"shard_{number:05d}.parquet"
+            write_shard(path, some_texts(number + 10 * (number == shard)))
+        prepare.prepare(TINY, 3)
         seen.add(prepare.fingerprint(TINY))
-        prepare.Manifest(TINY).update(**{field: data[field]})
-    assert len(seen) == 4
+    monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "7")
+    forget()
+    assert len(seen | {prepare.fingerprint()}) == 4
 
 
 @pytest.mark.parametrize("name, value", [
@@ -66,17 +76,17 @@ def test_the_fingerprint_changes_with_the_budget_the_tokenizer_and_the_exam_and_
     ("AUTORESEARCH_TIME_BUDGET", "-3"),
     ("AUTORESEARCH_TIME_BUDGET", "soon"),
 ])
-def test_a_bad_variable_is_named_in_one_line_with_its_value(name, value):
-    done = run("prepare.py", **{name: value})
-    assert done.returncode == 1
-    assert name in done.stderr and value in done.stderr and done.stderr.count("\n") == 1
+def test_a_bad_variable_is_named_in_one_line_with_its_value(name, value, command, monkeypatch):
+    monkeypatch.setenv(name, value)
+    code, output = command()
+    assert code == 1 and name in output and value in output and output.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [
     ["--num-shards", "0"], ["--num-shards", "-2"], ["--num-shards", "many"], ["--contract", "nope"],
     ["--download-workers", "0"], ["--num-shards", "9999", "--contract", "climbmix"], ["--frobnicate"],
 ])
-def test_a_bad_argument_gets_one_line_and_exit_code_2(arguments):
-    done = run("prepare.py", *arguments)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "error" in done.stderr
+def test_a_bad_argument_gets_one_line_and_exit_code_2(arguments, command):
+    code, output = command(*arguments)
+    said = [line for line in output.splitlines() if not line.startswith("contract: ")]
+    assert code == 2 and len(said) == 1 and "error" in said[0]
