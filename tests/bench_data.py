@@ -1,25 +1,22 @@
 """
-Measure how fast and in how much memory data is prepared; every ratio comes from one run. By hand:
+Three figures about data, each a comparison within one run; by hand, on an idle machine:
 
     uv run tests/bench_data.py [PARQUET]
 
-PARQUET: a file with a `text` column, say a downloaded shard; without it English-like text is made up, which is quicker
-to tokenise than real text. Three questions, each asked REPEATS times: does tokenising a shard of about 100 MB of text
-use all cores (target: 0.9 of cores x the rate of tiktoken in one thread); does the peak memory of the whole of
-prepare, its processes together, stay under 2 GB and not grow with the number of shards; how long does a second run on a
-complete cache take beyond the imports (target: 2 s). Cores that share a host are slower when all are busy: what as many
-processes reach that only encode, side by side, is printed as well.
+PARQUET: a file with a `text` column, say a downloaded shard; else text is made up. (1) Rows per
+second in one thread: pack_rows against a scan of the waiting documents, of tokens or tokenising on
+the fly (targets: 4 and 10 times as many). (2) MB/s: tokenising a shard on all cores against
+tiktoken in one thread. (3) Seconds of a second prepare on the complete cache (target: 2).
 """
 
+import collections
 import contextlib
 import dataclasses
 import io
-import json
+import itertools
 import os
 import random
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,148 +26,104 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prepare  # noqa: E402
 
-TEXT = 100e6  # characters tokenised
-REPEATS = 3
-CHILD = """
-import sys, time
-import prepare
-imported = time.monotonic()
-import dataclasses
-contract = dataclasses.replace(prepare.CONTRACTS["climbmix"], train_files=int(sys.argv[1]), eval_tokens=8 * 2**19,
-                               val=("shard_00000.parquet", 0, None), test=("shard_00000.parquet", 0, None))
-prepare.CONTRACTS["climbmix"] = contract
-sys.argv[1:] = ["--contract", "climbmix"]
-prepare.run_main(prepare.main)
-print(time.monotonic() - imported, prepare.peak_memory_mb(prepare.torch.device("cpu")) / 2**10, file=sys.stderr)
-"""
+DOCUMENTS, LENGTH, BUFFER, REFILL, REPEATS = 20_000, 2049, 1000, 128, 3  # about 100 MB of text
+ALL = ("shard_00000.parquet", 0, None)
+CONTRACT = dataclasses.replace(prepare.CONTRACTS["climbmix"], train_files=1, val=ALL, test=ALL,
+                               tokenizer_chars=2 * 10**7, eval_tokens=8 * 2**19)
 
 
-def made_up(path: Path) -> None:
-    draw = random.Random(0)
-    words = ["".join(draw.choices("etaoinshrdlucmfw", k=draw.randint(2, 9))) for _ in range(30_000)]
-    texts = [" ".join(draw.choices(words, k=draw.randint(50, 1500))) for _ in range(int(TEXT / 5000))]
-    pq.write_table(pa.table({"text": texts}), path, row_group_size=1000, compression="zstd")
+def some_texts() -> list[str]:
+    if len(sys.argv) > 1:
+        batches = pq.ParquetFile(sys.argv[1]).iter_batches(1000, columns=["text"])
+        texts = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+    else:
+        draw = random.Random(0)
+        words = ["".join(draw.choices("etaoinshrdluc", k=draw.randint(2, 9))) for _ in range(30_000)]
+        texts = (" ".join(draw.choices(words, k=draw.randint(50, 1500))) for _ in itertools.count())
+    return list(itertools.islice(texts, DOCUMENTS))
 
 
-def cut(source: Path, path: Path) -> list[str]:
-    """Write the first TEXT characters of a parquet file; returns its texts."""
-    texts, size = [], 0
-    with pq.ParquetFile(source) as file:
-        for batch in file.iter_batches(columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                if size < TEXT:
-                    texts.append(text)
-                    size += len(text)
-    pq.write_table(pa.table({"text": texts}), path, row_group_size=1000, compression="zstd")
-    return texts
+def scanned_rows(documents):
+    """Best-fit packing as one would write it first: read all that wait for each placement."""
+    buffer = []
+    while True:
+        row, filled = np.empty(LENGTH, dtype=np.uint16), 0
+        while filled < LENGTH:
+            while len(buffer) < BUFFER:
+                buffer.extend(itertools.islice(documents, REFILL))
+            best, size = -1, 0
+            for i, document in enumerate(buffer):
+                if size < len(document) <= LENGTH - filled:
+                    best, size = i, len(document)
+            if best < 0:
+                best = min(range(len(buffer)), key=lambda i: len(buffer[i]))
+            document = buffer.pop(best)[: LENGTH - filled]
+            row[filled : filled + len(document)] = document
+            filled += len(document)
+        yield row
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} (n={len(values)}, {min(values):.2f} to {max(values):.2f})"
+def tokenized(tokenizer, texts):
+    for text in itertools.cycle(texts):
+        yield [tokenizer.get_bos_token_id(), *tokenizer.encode(text)]
 
 
-def tokenisation(folder: Path, texts: list[str]) -> None:
-    contract = dataclasses.replace(prepare.CONTRACTS["climbmix"], tokenizer_chars=2 * 10**7)
-    manifest, cores = prepare.Manifest(contract), len(os.sched_getaffinity(0))
+def seconds(job, *arguments) -> float:
+    start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        tokenizer = prepare._train_tokenizer(contract, contract.train(1), manifest)
-
-    def size(texts: list[str]) -> int:
-        return sum(len(text.encode()) for text in texts)
-
-    def encode(texts: list[str]) -> None:
-        for text in texts:
-            tokenizer.encoding.encode_to_numpy(text, disallowed_special=())
-
-    def encode_side_by_side() -> None:
-        pids = []
-        for core in range(cores):
-            if not (pid := os.fork()):
-                encode(texts[core::cores])
-                os._exit(0)
-            pids.append(pid)
-        for pid in pids:
-            os.waitpid(pid, 0)
-
-    def measured(job, *arguments) -> tuple[float, float]:
-        """Seconds, and CPU seconds of this process and of those that it waited for."""
-        start, cpu = time.perf_counter(), sum(os.times()[:4])
-        with contextlib.redirect_stdout(io.StringIO()):
-            job(*arguments)
-        return time.perf_counter() - start, sum(os.times()[:4]) - cpu
-
-    figures = {"_tokenize, MB/s": [], "tiktoken in one thread, MB/s": [],
-               "_tokenize as a share of cores x one thread (target 0.9, on an idle machine)": [],
-               "the same in CPU seconds": [], "processes that only encode, as such a share": []}
-    for _ in range(REPEATS):
-        samples = [texts[::4], texts[2::4]]  # a quarter from all over, before and after
-        before = measured(encode, samples[0])
-        shutil.rmtree(manifest.derived("x").parent, ignore_errors=True)
-        full = measured(prepare._tokenize, tokenizer, "shard_00000.parquet", manifest)
-        after = measured(encode, samples[1])
-        limit = measured(encode_side_by_side)
-        alone, cpu_alone = np.add(before, after) / sum(map(size, samples)) * size(texts)
-        for values, value in zip(figures.values(), (size(texts) / full[0] / 1e6, size(texts) / alone / 1e6,
-                                                    alone / cores / full[0], cpu_alone / full[1],
-                                                    alone / cores / limit[0])):
-            values.append(value)
-    print(f"tokenise {size(texts) / 1e6:.0f} MB on {cores} cores:")
-    for name, values in figures.items():
-        print(f"  {name}: {spread(values)}; each: {', '.join(f'{value:.2f}' for value in values)}")
+        job(*arguments)
+    return time.perf_counter() - start
 
 
-def memory(pid: int) -> float:
-    """Proportional set size of a process and of all below it, GB; 0 where the system does not tell."""
-    try:
-        pss = next(line for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() if line[:4] == "Pss:")
-        children = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
-    except (OSError, StopIteration):  # it has ended
-        return 0.0
-    return int(pss.split()[1]) / 2**20 + sum(map(memory, map(int, children)))
+def rate(rows, count: int) -> float:
+    """Rows per second, the buffer being full already."""
+    next(rows)
+    return count / seconds(collections.deque, itertools.islice(rows, count), 0)
 
 
-def whole(cache: Path, shards: int) -> tuple[float, float]:
-    """Prepare in processes of its own; returns seconds beyond the imports, and peak memory in GB."""
-    with subprocess.Popen([sys.executable, "-c", CHILD, str(shards)], cwd=ROOT, stdout=subprocess.DEVNULL, text=True,
-                          stderr=subprocess.PIPE, env=os.environ | {"AUTORESEARCH_CACHE": str(cache)}) as process:
-        peak = 0.0
-        while process.poll() is None:
-            peak = max(peak, memory(process.pid))
-            time.sleep(0.05)
-        seconds, alone = map(float, process.stderr.read().split()[-2:])
-    return seconds, max(peak, alone)  # the kernel's own peak, of the first process alone, misses no moment
+def show(name: str, values) -> None:
+    middle, spread = statistics.median(values), f"{min(values):,.2f} to {max(values):,.2f}"
+    print(f"  {name:<44} {middle:10,.2f} ({spread}, n={len(values)})", flush=True)
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as temporary:
-        caches = Path(temporary)
-        os.environ["AUTORESEARCH_CACHE"] = str(caches / "1")
-        folder = caches / "1" / "climbmix" / "parquet"
-        folder.mkdir(parents=True)
-        if len(sys.argv) > 1:
-            source = Path(sys.argv[1])
-        else:
-            made_up(source := caches / "made-up.parquet")
-        texts = cut(source, folder / "shard_00000.parquet")
-        print(f"{source.name}: {len(texts):,} documents")
-        tokenisation(folder, texts)
-        del texts
-        for shards in (1, 3):
-            cache = caches / f"memory-{shards}"
-            (cache / "climbmix" / "parquet").mkdir(parents=True)
-            for number in range(shards):
-                os.link(folder / "shard_00000.parquet", cache / "climbmix" / "parquet" / f"shard_{number:05d}.parquet")
-            seconds, peak = whole(cache, shards)
-            manifest = json.loads((cache / "climbmix" / "manifest.json").read_text())
-            print(f"prepare {shards} shards of it: {seconds:.1f} s, peak {peak:.2f} GB (target 2), tokenizer trained "
-                  f"on {manifest['tokenizer_chars'] / 1e6:.0f} MB")
-        again = [whole(cache, shards)[0] for _ in range(REPEATS)]
-        print(f"a second run on the complete cache: {spread(again)} s beyond the imports (target 2)")
+    texts = some_texts()
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    print(f"{len(texts):,} documents, {size:.0f} MB of text, {os.cpu_count()} cores")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["AUTORESEARCH_CACHE"] = cache
+        folder = Path(cache) / CONTRACT.name
+        (folder / "parquet").mkdir(parents=True)
+        pq.write_table(pa.table({"text": texts}), folder / "parquet" / ALL[0], row_group_size=1000)
+        seconds(prepare.prepare, CONTRACT)
+        tokenizer = prepare.Tokenizer.from_directory(folder)
+        alone, everywhere, again = [], [], []
+        for _ in range(REPEATS):
+            again.append(seconds(prepare.prepare, CONTRACT))
+            for path in folder.rglob("shard_00000.*"):
+                path.suffix == ".parquet" or path.unlink()  # its tokens
+            everywhere.append(size / (seconds(prepare.prepare, CONTRACT) - again[-1]))
+            encoded = map(tokenizer.encoding.encode_ordinary, texts)
+            alone.append(size / seconds(collections.deque, encoded, 0))
+    on_the_fly = tokenized(tokenizer, texts)
+    documents = [np.array(next(on_the_fly), dtype=np.uint16) for _ in texts]
+    packed = prepare.pack_rows(itertools.cycle(documents), LENGTH, BUFFER)
+    scanned = scanned_rows(itertools.cycle(documents))
+    assert all(np.array_equal(next(packed), next(scanned)) for _ in range(1000))
+    pack, scan, fly = [], [], []
+    for _ in range(REPEATS):
+        pack.append(rate(packed, 5000))
+        scan.append(rate(scanned, 300))
+        fly.append(rate(scanned_rows(on_the_fly), 300))
+    show("pack_rows, rows/s", pack)
+    show("  times the scan's", np.divide(pack, scan))
+    show("  times those of tokenising and scanning", np.divide(pack, fly))
+    show("tokenising a shard, MB/s", everywhere)
+    show("  times tiktoken's in one thread", np.divide(everywhere, alone))
+    show("a second prepare on the complete cache, s", again)
 
 
 if __name__ == "__main__":
