@@ -13,7 +13,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -69,13 +68,11 @@ def good(shards, tmp_path_factory) -> dict[str, object]:
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path) -> Path:
-    """Folder of SMALL, the active contract; without the fixture `hub` every connection is refused."""
+    """Folder of SMALL, the active contract; without the fixture `hub` there is no network."""
     monkeypatch.setitem(prepare.CONTRACTS, "climbmix", SMALL)
     monkeypatch.setenv("AUTORESEARCH_CONTRACT", "climbmix")
     monkeypatch.setattr(prepare, "PATIENCE", 0.6)
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     return tmp_path / "cache" / "climbmix"
 
 
@@ -95,9 +92,11 @@ def put(cache: Path, files: dict[str, bytes]) -> None:
 
 def start(code: str, contract: prepare.Contract = SMALL) -> subprocess.Popen:
     """Run Python code with `contract` in climbmix's place, in a session of its own."""
-    code = f"from prepare import Contract; prepare.CONTRACTS['climbmix'] = {contract!r}\n{code}"
-    return subprocess.Popen([sys.executable, "-c", f"import os, prepare, sys\n{code}"], cwd=ROOT,
-                            text=True, stdout=-1, stderr=-1, start_new_session=True)
+    code = f"""import os, prepare, sys; from prepare import Contract, main, run_main
+prepare.CONTRACTS["climbmix"] = {contract!r}\n{code}"""
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, start_new_session=True)
+
 
 SILENT = dict(ranges=False, hashes=False, head=status(405))  # no server has to declare anything
 
@@ -112,15 +111,13 @@ def test_a_passing_fault_is_survived_within_one_run(fault, server, hub, command,
     vars(hub).update(server)
     hub.acts |= {name: list(fault) for name in (SHARDS[0], SHARDS[4])}
     began = time.monotonic()
-    assert command()[0] == 0
-    assert state_of(cache) == good
+    assert command()[0] == 0 and state_of(cache) == good
     assert fault[0].__name__ != "429" or time.monotonic() - began >= 1  # what Retry-After asks for
 
 
 @pytest.mark.parametrize("faults", [
     {0: (status(404), "404"), 1: (status(401), "401"), 3: (status(500), "500"), 4: (acts.flip, "SHA-256")},
-    {0: (acts.cut, "br[oe]|IncompleteRead"), 1: (acts.stall, "br[oe]|timed out"),
-     4: (acts.web_page, "text/html|parquet")},
+    {0: (acts.cut, "br[oe]|Incom"), 1: (acts.stall, "br[oe]|time"), 4: (acts.web_page, "html|parquet")},
     {2: (acts.mute, "timed out")},
 ], ids=["refused", "broken", "mute"])
 def test_a_lasting_fault_names_every_file_and_why_and_the_next_run_gets_only_what_is_missing(
@@ -133,8 +130,7 @@ def test_a_lasting_fault_names_every_file_and_why_and_the_next_run_gets_only_wha
     complete = [path.name for path in (cache / "parquet").glob("*.parquet")]
     assert not {SHARDS[number] for number in faults} & set(complete)
     hub.always.clear()
-    assert command()[0] == 0
-    assert state_of(cache) == good
+    assert command()[0] == 0 and state_of(cache) == good
     assert all(len(hub.gets(name)) == 1 for name in complete)
 
 
@@ -159,11 +155,9 @@ def test_what_a_run_left_half_done_is_gone_on_with_or_thrown_away(after, hub, co
     assert state_of(cache) == good
 
 
-@pytest.mark.parametrize("token, netrc", [
-    ("hf_secret", False), pytest.param("hf_secret", True, marks=fails),
-    pytest.param("", True, marks=fails), pytest.param("hf_secret\r", False, marks=fails),
-    pytest.param(" hf_secret\n", False, marks=fails),
-], ids=repr)
+@pytest.mark.parametrize("token, netrc", [("hf_secret", False), *(
+    pytest.param(*values, marks=fails) for values in (
+        ("hf_secret", True), ("", True), ("hf_secret\r", False), (" hf_secret\n", False)))], ids=repr)
 def test_the_mirror_gets_the_token_and_nothing_else_and_the_host_it_redirects_to_gets_nothing(
         token, netrc, hub, command, cache, good, shards, monkeypatch, tmp_path):
     """What comes from there is checked by the mirror's hash. No blank or line end is sent."""
@@ -227,12 +221,9 @@ def test_a_bad_shard_put_there_by_hand_is_named_and_never_overwritten(
     put(cache, {SHARDS[1]: body})
     code, output = command()
     kept = [file for file in path.parent.glob(f"{path.stem}*") if file.read_bytes() == body]
-    assert path.name in output and kept
-    if kept == [path]:  # not set aside
-        assert code == 1
-        path.unlink()
-    assert command()[0] == 0
-    assert state_of(cache) == good
+    assert path.name in output and kept and (code == 1 or kept != [path])
+    path.unlink(missing_ok=True)  # where it was not set aside
+    assert command()[0] == 0 and state_of(cache) == good
 
 
 def test_too_little_disk_is_said_with_both_numbers_before_any_download(hub, command, monkeypatch):
@@ -256,8 +247,7 @@ def test_a_file_that_cannot_be_written_is_said_in_one_message_and_the_next_run_e
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert code == 1 and "FAIL: " in output
-    assert command()[0] == 0
-    assert state_of(cache) == good
+    assert command()[0] == 0 and state_of(cache) == good
 
 
 def test_a_cache_that_cannot_be_written_is_one_line_that_names_it(command, cache, tmp_path):
@@ -270,13 +260,13 @@ def test_a_cache_that_cannot_be_written_is_one_line_that_names_it(command, cache
 def test_a_user_without_a_home_gets_a_cache_or_is_told_in_one_line_to_name_one(cache, monkeypatch):
     for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "AUTORESEARCH_CACHE"):
         monkeypatch.delenv(name, raising=False)
-    process = start("import pwd; pwd.getpwuid = {}.__getitem__; prepare.run_main(prepare.main)")
+    process = start("import pwd; pwd.getpwuid = {}.__getitem__; run_main(main)")
     errors = process.communicate()[1]
     assert "Traceback" not in errors and re.search("AUTORESEARCH_CACHE|127.0.0.1", errors)
 
 
 def test_two_that_prepare_at_once_end_with_one_good_cache_and_short_logs(hub, cache, good):
-    processes = [start("prepare.run_main(prepare.main)") for _ in range(2)]
+    processes = [start("run_main(main)") for _ in range(2)]
     for process in processes:
         output, errors = process.communicate()
         assert (process.returncode, errors) == (0, "")
@@ -290,15 +280,10 @@ def hook(event, _):
     if event == "os.rename" and next(renames) == 1 + len(codes) % 3: os.kill(os.getpid(), 9)
 codes, renames = [], iter(range(99))
 while codes[-1:] != [0] and len(codes) < 99:
-    if not (pid := os.fork()):
-        code = 1
-        try:
-            sys.addaudithook(hook)
-            prepare.prepare(prepare.CONTRACTS["climbmix"])
-            code = 0
-        finally:
-            os._exit(code)
-    codes.append(os.waitpid(pid, 0)[1])
+    if not os.fork():
+        try: sys.addaudithook(hook); prepare.prepare(prepare.CONTRACTS["climbmix"]); os._exit(0)
+        finally: os._exit(1)
+    codes.append(os.wait()[1])
 print(codes)
 """
 
@@ -320,7 +305,7 @@ def test_no_worker_outlives_the_command_or_says_a_word_of_its_own(kill, code, sa
     draw = random.Random(0)
     texts = [draw.randbytes(12_000).translate(letters).decode() for _ in range(2000)]
     hub.files[SHARDS[0]] = parquet(texts)  # seconds of work
-    with start("prepare.run_main(prepare.main)", BIG) as process:
+    with start("run_main(main)", BIG) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while len(workers := children.read_text().split()) < 2 and process.poll() is None:
             time.sleep(0.01)
@@ -348,9 +333,13 @@ def test_a_token_that_is_part_of_a_character_counts_its_own_bytes_and_a_reserved
 
 @fails
 @pytest.mark.parametrize("blank", [" ", "\t", "\u3000"], ids=["blank", "tab", "ideographic space"])
-def test_a_million_blanks_in_a_row_are_encoded(blank):
+def test_a_million_blanks_in_a_row_are_encoded(blank, hub, command):
     text = f"before{blank * 1_100_000}after"
-    assert TOKENIZER.encoding.decode_bytes(TOKENIZER.encode(text)) == text.encode()
+    hub.files[SHARDS[1]] = parquet([text])
+    assert command()[0] == 0
+    tokenizer, (tokens,) = prepare.Tokenizer.from_directory(), documents_of(SHARDS[1])
+    assert tokenizer.encoding.decode_bytes(tokens[1:]) == text.encode()
+    assert tokens == tokenizer.encode(text, prepend=tokenizer.get_bos_token_id())
 
 
 def test_the_tokenizer_is_trained_on_the_first_characters_in_shard_order_each_document_capped(
