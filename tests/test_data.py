@@ -4,6 +4,7 @@ The oracle of most tests is `good`: every byte of the cache that an undisturbed 
 """
 
 import base64
+import contextlib
 import dataclasses
 import inspect
 import io
@@ -90,12 +91,23 @@ def put(cache: Path, files: dict[str, bytes]) -> None:
         (cache / "parquet" / name).write_bytes(body)
 
 
-def start(code: str, contract: prepare.Contract = SMALL) -> subprocess.Popen:
-    """Run Python code with `contract` in climbmix's place, in a session of its own."""
-    code = f"""import os, prepare, sys; from prepare import Contract, main, run_main
+@pytest.fixture
+def start():
+    """Run Python code with a contract in climbmix's place, in a session that ends with the test."""
+    started = []
+
+    def start(code: str, contract: prepare.Contract = SMALL) -> subprocess.Popen:
+        code = f"""import os, prepare, sys; from prepare import Contract, main, run_main
 prepare.CONTRACTS["climbmix"] = {contract!r}\n{code}"""
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True)
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, start_new_session=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        started.append(process.pid)
+        return process
+
+    yield start
+    for pid in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 SILENT = dict(ranges=False, hashes=False, head=status(405))  # no server has to declare anything
@@ -257,18 +269,18 @@ def test_a_cache_that_cannot_be_written_is_one_line_that_names_it(command, cache
 
 
 @fails
-def test_a_user_without_a_home_gets_a_cache_or_is_told_in_one_line_to_name_one(cache, monkeypatch):
+def test_a_user_without_a_home_gets_a_cache_or_is_told_in_one_line_to_name_one(cache, start, monkeypatch):
     for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "AUTORESEARCH_CACHE"):
         monkeypatch.delenv(name, raising=False)
     process = start("import pwd; pwd.getpwuid = {}.__getitem__; run_main(main)")
-    errors = process.communicate()[1]
+    errors = process.communicate(timeout=60)[1]
     assert "Traceback" not in errors and re.search("AUTORESEARCH_CACHE|127.0.0.1", errors)
 
 
-def test_two_that_prepare_at_once_end_with_one_good_cache_and_short_logs(hub, cache, good):
+def test_two_that_prepare_at_once_end_with_one_good_cache_and_short_logs(hub, cache, start, good):
     processes = [start("run_main(main)") for _ in range(2)]
     for process in processes:
-        output, errors = process.communicate()
+        output, errors = process.communicate(timeout=60)
         assert (process.returncode, errors) == (0, "")
         assert "\r" not in output and len(output.splitlines()) < 20
     assert state_of(cache) == good and all(len(hub.gets(name)) == 1 for name in SHARDS)
@@ -288,8 +300,8 @@ print(codes)
 """
 
 
-def test_a_kill_just_before_any_file_gets_its_name_is_made_good_by_the_next_run(hub, cache, good):
-    output, errors = start(RENAMES).communicate()
+def test_a_kill_just_before_any_file_gets_its_name_is_made_good_by_the_next_run(hub, cache, start, good):
+    output, errors = start(RENAMES).communicate(timeout=120)
     assert re.fullmatch(r"\[(9, ){5,}0\]", output.splitlines()[-1]), errors
     assert state_of(cache) == good
 
@@ -298,20 +310,20 @@ def test_a_kill_just_before_any_file_gets_its_name_is_made_good_by_the_next_run(
 @pytest.mark.parametrize("kill, code, said", [
     (lambda first, workers: os.kill(first, signal.SIGKILL), -9, ""),
     (lambda first, workers: os.killpg(first, signal.SIGINT), 1, "FAIL: interrupted\n"),
-    (lambda first, workers: [os.kill(pid, signal.SIGKILL) for pid in workers], 1, "FAIL: .*\n"),
-], ids=["the first is killed", "Ctrl-C goes to all", "the others are killed"])
-def test_no_worker_outlives_the_command_or_says_a_word_of_its_own(kill, code, said, hub, cache):
+    (lambda first, workers: os.kill(workers[-1], signal.SIGKILL), 1, "FAIL: .*\n"),
+], ids=["the first is killed", "Ctrl-C goes to all", "a worker is killed"])
+def test_no_worker_outlives_the_command_or_says_a_word_of_its_own(kill, code, said, hub, cache, start):
     letters = bytes(97 + i % 26 for i in range(256))
     draw = random.Random(0)
     texts = [draw.randbytes(12_000).translate(letters).decode() for _ in range(2000)]
     hub.files[SHARDS[0]] = parquet(texts)  # seconds of work
-    with start("run_main(main)", BIG) as process:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        while len(workers := children.read_text().split()) < 2 and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(0.2)
-        kill(process.pid, map(int, workers))
-        errors = process.communicate(timeout=20)[1]  # when nobody holds the other end of its pipes
+    process = start("run_main(main)", BIG)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(workers := children.read_text().split()) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    kill(process.pid, [int(worker) for worker in workers])
+    errors = process.communicate(timeout=20)[1]  # when nobody holds the other end of its pipes
     assert process.returncode == code and re.fullmatch(said, errors), errors
 
 
