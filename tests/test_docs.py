@@ -3,11 +3,13 @@
 The clone is a git repository of its own with the files of the working tree, the demo contract and a budget of a second.
 """
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,9 @@ ELSEWHERE = {  # beginning of a command: the file that runs it, and how it does
     "uv run jupyter nbconvert": ("tests/test_notebook.py", "readme_command("),
     "git worktree add": ("tests/test_scale.py", "readme_command("),
     "(cd ../autoresearch-1": ("tests/test_scale.py", "readme_command("),
+    "uv venv": ("tests/test_install.py", '"uv venv"'),  # not here: it would clear the environment that runs the tests
+    "uv pip install --torch": ("tests/test_install.py", '"uv pip install --torch"'),
+    "export UV_NO_SYNC": ("tests/test_install.py", '"export UV_NO_SYNC"'),
     'uvx --from "ray[default]"': ("tests/test_scale.py", "readme_command("),  # needs Ray, and a GPU: there it uses CPU
 }
 
@@ -142,6 +147,17 @@ def test_the_command_of_the_readme_runs_elsewhere(beginning):
     assert readme_command(beginning) and how in (ROOT / file).read_text()
 
 
+def test_the_lines_of_the_readme_that_keep_a_model_and_sample_from_it_do_so(clone):
+    folder, env = clone
+    (lines,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    train_py = folder / "train.py"
+    before, after = train_py.read_text().split("    loader.close()\n")
+    train_py.write_text(f"{before}{lines}    loader.close()\n{after}")
+    output = shell("uv run train.py", folder, env)
+    assert (folder / "model.pt").stat().st_size > 10**6 and "val_bpb:" in output
+    assert len(output.split("and the probes\n")[1].split("\n---\n")[0]) > 100
+
+
 def test_the_contracts_in_the_readme_are_those_of_the_code():
     rows = table(README, "| | `climbmix`")
     assert rows[""] == list(prepare.CONTRACTS)
@@ -162,13 +178,14 @@ def test_the_sizes_in_the_readme_are_the_defaults_of_the_code():
 @pytest.mark.parametrize("text", [README, PROGRAM], ids=["README.md", "program.md"])
 def test_constants_variables_and_files_named_in_prose_exist(text):
     sources = "".join((ROOT / name).read_text() for name in ("prepare.py", "train.py"))
-    foreign = {"CUDA_VISIBLE_DEVICES", "OMP_WAIT_POLICY", "RAY_API_SERVER_ADDRESS"}
+    foreign = {"CUDA_VISIBLE_DEVICES", "LC_ALL", "OMP_WAIT_POLICY", "RAY_API_SERVER_ADDRESS", "UV_NO_CONFIG",
+               "UV_NO_SYNC"}
     for name in set(re.findall(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b", text)) - foreign:
         known = any(name in vars(module) for module in (prepare, train)) or f'"{name}"' in sources
         assert known, f"{name} is neither a constant nor a variable that the code reads"
     made = {"results.tsv", "runs.jsonl", "run.log", "notes.md"}
     ignored = set((ROOT / ".gitignore").read_text().split())
-    assert made | {"uv.lock"} <= ignored
+    assert made | {"uv.lock", "logs/"} <= ignored
     for name in set(re.findall(r"`([\w.]+\.(?:py|md|ipynb|toml|tsv|jsonl|log))`", text)) - made:
         assert (ROOT / name).is_file(), name
 
@@ -178,7 +195,7 @@ def test_constants_variables_and_files_named_in_prose_exist(text):
 
 
 def test_program_md_fits_on_a_page_and_a_half():
-    assert len(PROGRAM.splitlines()) <= 125
+    assert len(PROGRAM.splitlines()) <= 130
     assert max(map(len, PROGRAM.splitlines())) <= 120
 
 
@@ -200,39 +217,62 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(clone):
     train_py, results = folder / "train.py", folder / "results.tsv"
     used = set()
 
-    def do(part: str, verdict: str = 'status=discard text="what was tried"') -> str:
+    def do(part: str, variables: str = "") -> str:
+        """Run a block, with other values in the line of variables with which it begins."""
         used.add(block(part))
-        return shell(block(part).replace('status=discard text="what was tried"', verdict), folder, env)
+        first, others = block(part).split("\n", 1)
+        return shell(f"{variables or first}\n{others}", folder, env)
 
     def head() -> str:
         return shell("git rev-parse --short=7 HEAD", folder, env).strip()
 
     def attempt(code: str) -> str:
         train_py.write_text(train_py.read_text() + code)
-        do("git commit")
+        do("git commit -q -m \"what")
         return head()
 
-    def pretend(bpb: str) -> None:
-        (folder / "run.log").write_text(train.summary(example() | {"val_bpb": bpb, "peak_vram_mb": "2048.0"}) + "\n")
+    def run(seed: int = 42) -> str:
+        do("nohup", f"SEED={seed}")
+        return do("until tail")
 
-    # Setup
+    def pretend(bpb: str, seed: int = 42) -> None:
+        """The log and the evidence of a run of HEAD that scored this."""
+        results = example() | {"val_bpb": bpb, "seed": seed, "peak_vram_mb": "2048.0"}
+        (folder / "run.log").write_text(train.summary(results) + "\nexit 0\n")
+        facts = {"commit": shell("git rev-parse HEAD", folder, env).strip(), "seed": seed, "bpb": float(bpb)}
+        with open(folder / "runs.jsonl", "a") as evidence:
+            evidence.write(json.dumps(first | facts) + "\n")
+
+    def verdict() -> str:
+        return do("--verdict").rpartition("verdict: ")[2]
+
+    # Setup, on the day's second branch; a commit that cannot be made is found before the night
+    shell("git branch autoresearch/$(date +%Y-%m-%d)", folder, env)
     output = do("git checkout -b")
-    assert "ready: demo-" in output and re.search(r"^ +master|main|autoresearch/\d{4}-\d\d-\d\d", output, re.MULTILINE)
+    assert "ready: demo-" in output and re.search(r"^\* autoresearch/\d{4}-\d\d-\d\d-2$", output, re.MULTILINE)
     assert results.read_text() == HEADER and not shell("git status --short", folder, env)
-    shell(f"echo kept >> {results}; " + re.search(r"^\[ -s results.tsv.*$", PROGRAM, re.M)[0], folder, env)
-    assert results.read_text() == HEADER + "kept\n"  # an earlier session's rows survive
-    results.write_text(HEADER)
+    setup = block("git checkout -b").splitlines()
+    assert "no commit" in shell(setup[2], folder, env | {"GIT_AUTHOR_NAME": ""}) and "--allow-empty" in setup[2]
+    shell(f"printf kept >> {results}; {setup[4]}", folder, env)
+    assert results.read_text() == HEADER + "kept"  # an earlier session's rows survive, and the end of a line is mended
 
-    # A baseline, for real
+    # Four baselines, the first for real
     baseline, original = head(), train_py.read_text()
-    assert "exit 0" in do("uv run train.py")
+    assert run() == "exit 0\n"
     assert do("grep -A").startswith("val_bpb:")
     printed = dict(re.findall(r"^(\w+): +(.+)$", (folder / "run.log").read_text().split("\n---\n")[1], re.MULTILINE))
     assert list(printed) == list(example())
     do("printf '%s\\t", "status=keep text=baseline")
-    commit, bpb, memory, status, text = results.read_text().splitlines()[1].split("\t")
-    assert (commit, bpb, status, text) == (baseline, printed["val_bpb"], "keep", "baseline")
+    kept, row = results.read_text().splitlines()[1:]
+    commit, bpb, memory, status, text = row.split("\t")
+    assert (kept, commit, bpb, status, text) == ("kept", baseline, printed["val_bpb"], "keep", "baseline")
     assert re.fullmatch(r"\d+\.\d", memory)
+    assert f"val_bpb:          {bpb}" in (folder / "logs" / f"{baseline}.log").read_text()
+    first = json.loads((folder / "runs.jsonl").read_text())
+    for seed, more in ((43, 0.2), (42, 0.1), (43, 0.2)):
+        pretend(f"{float(bpb) + more:.6f}", seed)
+        do("printf '%s\\t", "status=keep text=baseline")
+    assert verdict().startswith("this is the best") and "noise: 0.150000" in (folder / "run.log").read_text()
     do("tried/$(git")  # restoring a kept commit changes nothing
     assert head() == baseline and not shell("git tag", folder, env)
 
@@ -253,20 +293,14 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(clone):
     assert shell("git status --short", folder, env) == " M README.md\n"
     assert shell(f"git show tried/{worse}:train.py", folder, env) == original + "# worse\n"
 
-    # The machine had been slower: the attempt comes back from its tag, and loses again
-    shell(inline("git merge").replace("HASH", worse), folder, env)
-    assert head() == worse and train_py.read_text() == original + "# worse\n"
-    do("tried/$(git")
-    assert head() == baseline and train_py.read_text() == original
-
     # A crash: fixed once with --amend, still broken, a row with empty cells
     train_py.write_text("raise RuntimeError('too wide')\n")
-    first = attempt("")
+    before = attempt("")
     train_py.write_text("raise RuntimeError('still too wide')\n")
     shell(inline("git commit -q --amend"), folder, env)
     crashed = head()
-    assert crashed != first
-    assert "exit 1" in do("uv run train.py")
+    assert crashed != before
+    assert run() == "exit 1\n"
     assert "RuntimeError: still too wide" in do("grep -A")
     do("printf '%s\\t", "status=crash text='too wide'")
     pretend("0.400000")  # a run that breaks after its summary is a crash too
@@ -275,22 +309,51 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(clone):
     do("tried/$(git")
     assert head() == baseline and train_py.read_text() == original
 
-    # Killed during an edit: dropped. Then a win, which stays
+    # A run that hangs is ended, with all its children
+    train_py.write_text("import time\ntime.sleep(300)\n")
+    attempt("")
+    do("nohup")
+    shell(inline("kill -0"), folder, env)
+    shell(inline("kill -- -"), folder, env)
+    shell(f"while {inline('kill -0')}; do sleep 0.1; done", folder, env)
+    do("printf '%s\\t", "status=crash text=hangs")
+    do("tried/$(git")
+
+    # Killed during an edit: dropped. Then a large gain, which stays
     train_py.write_text("half an ed")
     shell(inline("git checkout HEAD"), folder, env)
     assert train_py.read_text() == original
     better = attempt("# better\n")
     pretend("0.500000")
     do("printf '%s\\t", "status=keep text=better")
-    worse = attempt("# worse again\n")
-    pretend("0.900000")
-    do("printf '%s\\t")
+
+    # A small gain over it: the best commit's second seed, then this one's
+    smaller = attempt("# smaller\n")
+    pretend("0.400000")
+    assert verdict().startswith(f"run BEST under SEED=43 ({better}")
+    do("printf '%s\\t", "status=discard text='smaller, to confirm'")
     do("tried/$(git")
     assert head() == better and train_py.read_text() == original + "# better\n"
+    pretend("0.600000", 43)
+    do("printf '%s\\t", "status=keep text=re-run")
+    shell(inline("git merge").replace("HASH", smaller), folder, env)
+    assert head() == smaller and train_py.read_text() == original + "# better\n# smaller\n"
+    pretend("0.500000", 43)
+    assert verdict() == "keep\n"
+    do("printf '%s\\t", "status=keep text=smaller")
+
+    # The machine had been slower: an amended attempt begins without scores, a new baseline is a commit of its own
+    slow = attempt("# slow\n")
+    pretend("0.900000")
+    time.sleep(1)  # a hash holds the second
+    shell(inline("git commit -q --amend"), folder, env)
+    assert head() != slow
+    do("tried/$(git")
+    shell(inline("git commit -q --allow-empty"), folder, env)
 
     # What the human finds in the morning: kept commits in the log, every run in the table, nothing of it committed
-    assert len(shell("git log --format=%h", folder, env).splitlines()) == 2
-    assert [row.split("\t")[3] for row in results.read_text().splitlines()[1:]] == [
-        "keep", "discard", "crash", "crash", "keep", "discard"]
+    assert shell("git log --format=%h --abbrev=7 HEAD^", folder, env).split()[:3] == [smaller, better, baseline]
+    assert [row.split("\t")[3] for row in results.read_text().splitlines()[2:]] == [
+        *["keep"] * 4, "discard", *["crash"] * 3, "keep", "discard", "keep", "keep"]
     assert shell("git status --short", folder, env) == " M README.md\n"
     assert used == set(blocks(PROGRAM)), "a block of program.md is not part of this session"
