@@ -1,0 +1,74 @@
+"""The names of the published design: a train.py written against them alone runs here and is scored."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+# Its own model, optimizer and loop, at module level without a guard, as such files are
+SCRIPT = """
+import time
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from prepare import EVAL_TOKENS, MAX_SEQ_LEN, TIME_BUDGET, Tokenizer, evaluate_bpb, get_token_bytes, make_dataloader
+
+DEVICE_BATCH_SIZE, WIDTH = 16, 64
+device = torch.device("cpu")
+torch.manual_seed(42)
+
+
+class Model(nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.wte = nn.Embedding(vocab_size, WIDTH)
+        self.gru = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.lm_head = nn.Linear(WIDTH, vocab_size, bias=False)
+
+    def forward(self, idx, targets=None, reduction="mean"):
+        logits = self.lm_head(self.gru(self.wte(idx))[0])
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), reduction=reduction)
+
+
+tokenizer = Tokenizer.from_directory()
+vocab_size, bos = tokenizer.get_vocab_size(), tokenizer.get_bos_token_id()
+assert tokenizer.encode("a b", prepend=bos)[0] == bos and len(tokenizer.encode(["a", "b"])) == 2
+assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
+assert get_token_bytes(device).shape == (vocab_size,) and EVAL_TOKENS > 0
+assert torch.equal(get_token_bytes(device), tokenizer.get_token_bytes(device))
+train_loader = make_dataloader(tokenizer, DEVICE_BATCH_SIZE, MAX_SEQ_LEN, "train")
+x, y, epoch = next(train_loader)  # the first batch is drawn ahead
+model = Model(vocab_size)
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+step, start = 0, time.time()
+while time.time() - start < TIME_BUDGET:
+    loss = model(x, y)
+    x, y, epoch = next(train_loader)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    step += 1
+val_loader = make_dataloader(tokenizer, DEVICE_BATCH_SIZE, MAX_SEQ_LEN, "val")
+passes = 0
+while passes < 2:  # it does not end
+    passes = next(val_loader)[2]
+model.eval()
+print(f"val_bpb:          {evaluate_bpb(model, tokenizer, DEVICE_BATCH_SIZE):.6f}")
+"""
+
+
+def test_a_train_py_of_the_published_design_runs_and_is_scored(demo, tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "AUTORESEARCH_TIME_BUDGET": "2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=env, capture_output=True, text=True,
+                          timeout=200)
+    assert done.returncode == 0, done.stderr
+    bpb = float(done.stdout.split("val_bpb:")[1])
+    (line,) = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert abs(line["bpb"] - bpb) < 1e-6 and 1 < bpb < 5 and line["split"] == "val"
+    assert line["script"] == "train.py" and line["train_sha256"] == hashlib.sha256(SCRIPT.encode()).hexdigest()
