@@ -16,6 +16,11 @@ run it again, and it makes what is missing. A file that has its name is whole. O
 research: that makes runs incomparable, and the fingerprint or the hash in runs.jsonl shows it.
 """
 
+import sys
+
+if __name__ == "__main__":  # a profile.py beside this file, say, is not Python's own
+    sys.path.append(sys.path.pop(0))
+
 import argparse
 import base64
 import bisect
@@ -38,7 +43,6 @@ import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -653,6 +657,8 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, buffer_siz
         raise Failure(f"this is not the tokenizer that {contract.folder} was made with; run: uv run prepare.py")
     shards = int((contract.folder / "shards").read_text())
     parts = contract.train(shards) if split == "train" else [getattr(contract, split)]
+    if split == "train":
+        _RUN.begin()
     return _batches(contract, parts, tokenizer, B, T, buffer_size, torch.device(device or default_device()),
                     counted=split == "train")
 
@@ -729,10 +735,10 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
         nll = [_nll(model, batch[:, :-1], batch[:, 1:], len(token_bytes)) for batch in batches]
         _refuse_leaks(_probes(model, batches, nll, token_bytes, cuts=contract.max_seq_len - 1,
                               halvings=(batch_size - 1).bit_length()))
-    scores, weights = torch.cat(nll)[: len(rows)].cpu().double(), token_bytes[rows[:, 1:]].cpu()
-    if not scores.isfinite().all():
+    nll, weights = torch.cat(nll)[: len(rows)], token_bytes[rows[:, 1:]]
+    if not nll.isfinite().all():
         raise ExamError("model(x) returned non-finite logits in one of its batches")
-    bpb = scores[weights > 0].sum().item() / (math.log(2) * weights.sum().item())
+    bpb = nll.where(weights > 0, 0).cpu().double().sum().item() / (math.log(2) * weights.sum().item())
     _RUN.write_evidence(contract, split, bpb, rows.device)
     return bpb
 
@@ -832,6 +838,7 @@ def _evaluating(model: Callable) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        _RUN.rest()
 
 
 def _dice() -> torch.Generator:
@@ -856,13 +863,16 @@ class _Run:
     def __init__(self):
         self.began, self.alive, self.tokens, self.evaluations, self.facts = None, None, 0, 0, {}
 
+    def begin(self) -> None:
+        self.facts = self.facts or _facts()
+        try:
+            open(_evidence(), "a").close()
+        except OSError as error:
+            raise Failure(f"cannot write the record of this run, {_evidence()} ({error})") from error
+
     def draw(self, tokens: int) -> None:
         if self.began is None:
-            self.began, self.facts = time.monotonic(), _facts()
-            try:
-                open(_evidence(), "a").close()
-            except OSError as error:
-                raise Failure(f"cannot write the record of this run, {_evidence()} ({error})") from error
+            self.began = time.monotonic()
             threading.Thread(target=self.watch, daemon=True).start()
         self.alive = time.monotonic()
         self.tokens += tokens
@@ -872,8 +882,8 @@ class _Run:
 
     def watch(self) -> None:
         """End a run that hangs, so that it does not stop the night: every thread's traceback, then the reason."""
-        while not (self.alive and time.monotonic() - self.alive > HANG_SECONDS):
-            time.sleep(min(1, HANG_SECONDS))
+        while time.monotonic() - (self.alive or time.monotonic()) < HANG_SECONDS:
+            time.sleep(min(1, HANG_SECONDS / 4))
         faulthandler.dump_traceback(file=sys.__stderr__)
         print(f"FAIL: for {HANG_SECONDS} s no batch was drawn and none was scored: the run hangs where the tracebacks "
               "above say. If a step takes that long, make it smaller", file=sys.__stderr__, flush=True)
@@ -890,7 +900,6 @@ class _Run:
             "peak_memory_mb": None if peak is None else round(peak, 1),
             "device": device_name(device), "torch": torch.__version__,
         }
-        self.rest()
         try:
             with open(_evidence(), "ab", buffering=0) as file:  # one write: lines of two runs do not mix
                 file.write((json.dumps(line) + "\n").encode())

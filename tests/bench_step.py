@@ -3,11 +3,9 @@ Time the training step of train.py and of another commit's train.py, in turn, in
 
     uv run tests/bench_step.py [REVISION]        (default: HEAD)
 
-Each version has its own knobs for the device, the active contract's context and vocabulary, and random tokens: no data
-is needed. Prints the milliseconds of forward passes, backward passes, optimizer and all three, medians and range of
-ROUNDS rounds of STEPS steps, and the ratio of the two versions; equal ones gave 0.97 to 1.01 on two cores that others
-use (n = 6). Builds both as train.main builds today's, so a version that renames what that calls has to be timed by
-hand; prepare.py is the working tree's for both.
+Each version has its own knobs, the active contract's context and vocabulary, and random tokens: no data is
+needed. Prints the milliseconds of each stage, medians and range of ROUNDS rounds of STEPS steps, and the ratio;
+equal versions gave 0.97 to 1.01 on two cores that others use (n = 6). 2ef7574 and later have the names used here.
 """
 
 import importlib.util
@@ -39,19 +37,23 @@ def load(path: Path, source: str):
 
 def stepper(train, device: torch.device, contract: prepare.Contract):
     """A function that takes one step and returns the seconds of its three stages; built as train.main builds."""
-    kind, T = device.type, contract.max_seq_len
-    dtype = train.compute_dtype(device)
+    kind, T, dtype = device.type, contract.max_seq_len, train.compute_dtype(device)
+
+    def knob(name, default=None):
+        value = getattr(train, name, default)
+        return value[kind] if isinstance(value, dict) else value
+
     train.choose_attention(device, train.ATTENTION)
-    n_embd = train.model_width(train.DEPTH[kind], train.ASPECT_RATIO[kind], train.HEAD_DIM[kind])
-    n_head = n_embd // train.HEAD_DIM[kind]
-    windows = train.window_sizes(train.WINDOW_PATTERN[kind], train.DEPTH[kind], train.SHORT_WINDOW, T)
-    config = train.GPTConfig(contract.vocab_size, T, train.DEPTH[kind], n_head, n_head, n_embd, windows,
-                             train.BIGRAM_ROWS[kind])
-    model, optimizer = train.build(config, device, dtype, train.COMPILE[kind], 42)
-    if train.COMPILE[kind]:
+    depth, head_dim, total = knob("DEPTH"), knob("HEAD_DIM"), knob("TOTAL_BATCH_SIZE")
+    n_embd = train.model_width(depth, knob("ASPECT_RATIO"), head_dim)
+    n_head, rows = n_embd // head_dim, max(1, min(knob("DEVICE_BATCH_SIZE"), total // T))
+    windows = train.window_sizes(knob("WINDOW_PATTERN"), depth, train.SHORT_WINDOW, T)
+    config = train.GPTConfig(contract.vocab_size, T, depth, n_head, n_head // knob("HEADS_PER_KV_HEAD", 1), n_embd,
+                             windows, knob("BIGRAM_ROWS"))
+    if knob("COMPILE"):
         train.compile_parts()
-    rows = max(1, min(train.DEVICE_BATCH_SIZE[kind], train.TOTAL_BATCH_SIZE[kind] // T))
-    accumulation = train.TOTAL_BATCH_SIZE[kind] // (rows * T)
+    model, optimizer = train.build(config, device, dtype, knob("COMPILE"), 42)
+    accumulation = total // (rows * T)
     tokens = torch.randint(config.vocab_size, (rows, T + 1), device=device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)

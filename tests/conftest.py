@@ -43,6 +43,7 @@ def parts(monkeypatch):
         for name, function in list(vars(owner).items()):
             if inspect.isfunction(function):
                 monkeypatch.setattr(owner, name, function)
+    monkeypatch.setattr(train, "attention", train.attention)
 
 
 @pytest.fixture
