@@ -435,8 +435,7 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, {})
         wrap = functools.partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda step: step
         self.adamw_step, self.muon_step, self.dtype = wrap(adamw_step), wrap(muon_step), dtype
-        self.steps = {"muon": self.step_muon, "adamw": self.step_adamw}
-        if unknown := {group.get("kind") for group in self.param_groups} - set(self.steps):
+        if unknown := {group.get("kind") for group in self.param_groups} - {"muon", "adamw"}:
             raise prepare.Failure(f"optimizer groups of kind {unknown}; MuonAdamW steps muon and adamw only")
         self.scalars = {}  # 0-D CPU tensors, because a Python number that changes would compile anew
 
@@ -448,7 +447,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self.steps[group["kind"]](group, params)
+                (self.step_muon if group["kind"] == "muon" else self.step_adamw)(group, params)
 
     def step_adamw(self, group, params):
         options = {name: group[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay")}
@@ -693,14 +692,12 @@ def main():
         print(f"out of memory: now DEVICE_BATCH_SIZE is {device_batch_size}, with "
               f"{total_batch_size // (device_batch_size * T)} batches per step")
     optimizer.state.clear()
-    fresh, _ = build(config, device, dtype, False, seed)
+    fresh = build(config, device, dtype, False, seed)[0]
     with torch.no_grad():  # as if nothing had been
         for used, new in zip((*model.parameters(), *model.buffers()), (*fresh.parameters(), *fresh.buffers())):
             used.copy_(new)
     del fresh, used, new
-    gc.collect()  # models hold themselves in cycles
     if kind == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
     # The clock: every step counts

@@ -7,8 +7,9 @@ next token's logit, by how much it lowers the score, and what the probes say of 
     one position      1 nat at 254: 0.0020, 0.0022        5 nats at 77: 0.0075, 0.0085
     some positions    5 nats at 200 to 249: 0.377, 0.394  at 65 to 119: 0.416, 0.423
 
-How far honest models move a target (nats; limit LEAK_NATS): mixture of experts 1e-6, everything else of
-HONEST 0 on a CPU in float32. HONEST_GPU_LINE
+How far honest models move a target (nats; limit LEAK_NATS): on a CPU in float32 the mixture of experts 1e-6, the other
+kinds of HONEST 0. On an H100, float32 and bfloat16, T 2048, batches of 32 and 7: train.py's (fa3 compiled and not,
+varlen, sdpa) and all kinds 0, but the convolution by FFT, 3.6e-5 in float32 and 0.048 under bfloat16 autocast.
 """
 
 import contextlib

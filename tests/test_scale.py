@@ -43,6 +43,7 @@ def test_two_worktrees_experiment_at_once_and_share_nothing_but_the_cache_and_th
         assert line["commit"] == shell("git rev-parse HEAD", folder, env).strip() and not line["dirty"]
         assert f"val_bpb:          {line['bpb']:.6f}" in output
         (folder / "run.log").write_text(output)
+        (folder / "logs").mkdir()
         (folder / "results.tsv").write_text(HEADER)
         shell(block("printf '%s\\t"), folder, env)
         assert (folder / "results.tsv").read_text().startswith(f"{HEADER}{line['commit'][:7]}\t{line['bpb']:.6f}\t")
