@@ -63,7 +63,7 @@ import torch.nn.functional as F
 import tqdm
 from urllib3.util import Retry
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Contract: what makes two runs comparable
 
 Part = tuple[str, int, int | None]  # of a parquet file: its name, first row, past the last row
@@ -183,7 +183,7 @@ def fingerprint(contract: Contract | None = None) -> str:
     return f"{contract.name}-{hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files and progress
 
 
@@ -223,7 +223,7 @@ def _progress(label: str, total: float | None, unit: str) -> tqdm.tqdm:
     return tqdm.tqdm(desc=label, total=total, unit=unit, unit_scale=True, file=sys.stdout, delay=0.5, disable=None)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data: download from the hub, or the docstrings that are here already
 
 # Seconds without a byte after which a connection counts as broken; pauses between attempts grow from a 60th of it
@@ -386,7 +386,7 @@ def _texts(file: pq.ParquetFile, group: int) -> list[str]:
     return [text or "" for text in column.to_pylist()]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizer
 
 # GPT-4's split pattern with numbers in groups of at most two digits: small vocabularies have no room for three
@@ -479,7 +479,7 @@ def _train_tokenizer(contract: Contract, parts: list[Part]) -> Tokenizer:
     return Tokenizer({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokens on disk, and packing
 
 
@@ -640,7 +640,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loader
 
 
@@ -703,7 +703,7 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metric: the locked exam
 
 # What all that a model must not know may be worth to it, in bits per byte, and how far it may move one target's
@@ -851,7 +851,7 @@ def _device_of(model: Callable) -> torch.device:
     return next((parameter.device for parameter in parameters), default_device())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Evidence and watchdog
 
 HANG_SECONDS = 600  # without a batch drawn or scored
@@ -967,7 +967,7 @@ def device_name(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()} {device.type}, {torch.get_num_threads()} threads"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Verdict
 
 
@@ -1037,7 +1037,7 @@ tokens trained: {tokens:+.1%}, equal runs differ by {jitter:.1%}{": SLOWER" if t
 verdict: {word}"""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 

@@ -147,10 +147,10 @@ def test_kv_heads_follow_their_knob(monkeypatch):
         monkeypatch.setattr(train, name, value)
     for heads_per_kv_head, n_kv_head in ((1, 6), (2, 3), (6, 1)):
         monkeypatch.setattr(train, "HEADS_PER_KV_HEAD", heads_per_kv_head)
-        assert train.model_config("cpu", 24, 50).n_kv_head == n_kv_head
+        assert train.sizes("cpu", 32, 50)[0].n_kv_head == n_kv_head
     monkeypatch.setattr(train, "HEADS_PER_KV_HEAD", 4)
     with pytest.raises(prepare.Failure, match="^HEADS_PER_KV_HEAD is 4; give a divisor of the 6"):
-        train.model_config("cpu", 24, 50)
+        train.sizes("cpu", 32, 50)
 
 
 def test_value_embeddings_alternate_and_the_last_layer_has_one():

@@ -177,7 +177,7 @@ def test_the_groups_cover_exactly_the_parameters(n_layer, bigram_rows):
         assert group["kind"] == "adamw" or len({p.shape for p in group["params"]}) == 1
         assert group["initial_lr"] == group["lr"] > 0
     tables = next(group for group in groups if model.wte.weight in set(group["params"]))
-    assert tables["lr"] == pytest.approx(train.EMBEDDING_LR * (64 / 768) ** -0.5)
+    assert tables["lr"] == pytest.approx(train.EMBEDDING_LR["cpu"] * (64 / 768) ** -0.5)
 
 
 def test_a_parameter_in_no_group_or_in_two_is_an_error_that_names_it():

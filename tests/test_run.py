@@ -281,8 +281,8 @@ def test_a_diverged_run_ends_at_once_with_the_loss_and_the_step(loss, shown, ste
     ("SOFTCAP", 100, ("SOFTCAP is 100", "at most 79")),
     ("DEVICE_BATCH_SIZE", 0, ("DEVICE_BATCH_SIZE is 0", "at least 1")),
     ("TOTAL_BATCH_SIZE", 0, ("TOTAL_BATCH_SIZE is 0", "at least 1")),
-    ("TOTAL_BATCH_SIZE", 1000, ("TOTAL_BATCH_SIZE (1000)", "a multiple of MAX_SEQ_LEN (32)")),
-    ("TOTAL_BATCH_SIZE", 288, ("TOTAL_BATCH_SIZE (288)", "DEVICE_BATCH_SIZE (8)", "(32) = 256")),
+    ("TOTAL_BATCH_SIZE", 1000, ("TOTAL_BATCH_SIZE is 1000", "a multiple of MAX_SEQ_LEN (32)")),
+    ("TOTAL_BATCH_SIZE", 288, ("TOTAL_BATCH_SIZE is 288", "DEVICE_BATCH_SIZE (8)", "(32) = 256")),
     ("WINDOW_PATTERN", "SXL", ("WINDOW_PATTERN", "'SXL'", "S and L only")),
     ("ATTENTION", "flash", ("ATTENTION", "'flash'", "use auto or sdpa")),
     ("SEED", "-1", ("SEED", "'-1'", "whole number", "unset")),
@@ -354,10 +354,10 @@ def test_a_log_stays_under_20_kb_however_many_steps_a_run_has(small, monkeypatch
 
 
 def test_a_log_line_has_the_form_of_the_specification():
-    line = train.log_line(50, 5.123456, 25.0, 0.24, 300, 2**19, 1e12, 989e12, 1)
+    line = train.log_line(50, 5.123456, 25.0, 0.24, 1, 300, 2**19, 1e12, 989e12)
     assert line == ("step 00050 (8.3%) | loss: 5.123456 | lrm: 1.00 | dt: 240ms | tok/sec: 2,184,533 | "
                     "mfu: 0.4% | epoch: 1 | remaining: 275s")
-    assert STEP.fullmatch(train.log_line(123_456, 0.5, 301.0, 0.01, 300, 2048, 1e12, None, 2))
+    assert STEP.fullmatch(train.log_line(123_456, 0.5, 301.0, 0.01, 2, 300, 2048, 1e12, None))
 
 
 # In processes of their own
