@@ -339,7 +339,7 @@ class GPT(nn.Module):
             rows = bigram_hash(idx, self.config.bigram_rows)
             bigram, bigram_value = self.bigram(rows), self.bigram_value_embeds(rows)
         x0, value_embeds = self.embed(idx, bigram, bigram_value)
-        x = x0.clone()  # else the first block compiles apart, for two arguments that are one tensor: 3 s on an H100
+        x = x0.clone()  # two arguments that are one tensor would compile the first block apart
         for i, (block, *lambdas) in enumerate(zip(self.h, self.resid_lambdas.unbind(), self.x0_lambdas.unbind())):
             ve = value_embeds.pop(0) if has_ve(i, self.config.n_layer) else None
             x = block(x, x0, ve, *lambdas, cos, sin)

@@ -213,6 +213,7 @@ def test_what_is_no_matrix_in_a_block_trains_with_adamw():
 def test_changing_scalars_compile_nothing_anew_and_few_numbers_nothing(compilations, monkeypatch):
     """One compilation per kind of step and shape of large tensors; a CPU has AdamW from torch."""
     monkeypatch.setattr(train, "COMPILED_FROM", 1000)
+    monkeypatch.setattr(train, "EMBEDDING_LR", 0.9)  # one value, for the device "meta" too
     for device, kinds in ("meta", ("muon", "adamw")), ("cpu", ("muon",)):
         torch._dynamo.reset()
         compilations.clear()
