@@ -421,6 +421,10 @@ class Tokenizer:
         """tokenizer.tiktoken: per line a token's bytes in base64, and its rank."""
         return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(self.tokens))
 
+    def digest(self) -> str:
+        """SHA-256 of tokenizer.tiktoken, as SHA256SUMS notes it."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
     def encode(self, text: str | list[str], prepend: int | str | None = None) -> list[int] | list[list[int]]:
         """Tokens of a text, or of each of a list; before them `prepend`, a token or a reserved one's name."""
         if not isinstance(text, str):
@@ -593,7 +597,7 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
         sums = _noted_sums(contract)
         made = ("tokenizer.tiktoken", "val.bin", "test.bin")
         for path in (folder / name for name in made):
-            if path.exists() and _sha256(path) != sums.get(path.name, _sha256(path)):
+            if path.name in sums and path.exists() and _sha256(path) != sums[path.name]:
                 print(f"{path} is not what it was when it was made; making it again")
                 path.unlink()
         if not (folder / "tokenizer.tiktoken").exists():  # what an older one made goes first
@@ -653,7 +657,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, buffer_siz
     its watchdog, which `close()` ends.
     """
     contract = active_contract()[0]
-    if hashlib.sha256(tokenizer.to_bytes()).hexdigest() != _noted_sums(contract).get("tokenizer.tiktoken"):
+    if tokenizer.digest() != _noted_sums(contract).get("tokenizer.tiktoken"):
         raise Failure(f"this is not the tokenizer that {contract.folder} was made with; run: uv run prepare.py")
     shards = int((contract.folder / "shards").read_text())
     parts = contract.train(shards) if split == "train" else [getattr(contract, split)]
@@ -761,7 +765,7 @@ def check_model(model: Callable, batch_size: int) -> None:
 def load_exam(contract: Contract, split: str, tokenizer: Tokenizer) -> torch.Tensor:
     """The exam of a split, int32 (rows, T + 1); raises ExamError if it or the tokenizer is not the contract's."""
     path, sums = contract.folder / f"{split}.bin", _noted_sums(contract)
-    if hashlib.sha256(tokenizer.to_bytes()).hexdigest() != sums.get("tokenizer.tiktoken"):
+    if tokenizer.digest() != sums.get("tokenizer.tiktoken"):
         raise ExamError("the tokenizer is not the one the exam was packed with; use Tokenizer.from_directory()")
     if not path.is_file() or _sha256(path) != sums[path.name]:
         raise ExamError(f"{path} is not the exam that was packed (its SHA-256 differs); run: uv run prepare.py")
