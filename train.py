@@ -1,12 +1,13 @@
 """
-What is being tried: the model, the optimizer, their hyperparameters and the training loop, in one file.
+What is being tried: the model, the optimizer, their hyperparameters and the training loop, in one
+file.
 
     uv run train.py                    (SEED=43 uv run train.py: another seed)
 
-Trains for the contract's TIME_BUDGET, has prepare.evaluate_bpb score the model and prints a summary;
-lower val_bpb is better. Reads the cache that prepare.py makes, or has it made; saves no model. This is
-the one file the agent edits: all of it may change, as long as `model(idx)` gives logits and the score
-comes from evaluate_bpb.
+Trains for the contract's TIME_BUDGET, has prepare.evaluate_bpb score the model and prints a
+summary; lower val_bpb is better. Reads the cache that prepare.py makes, or has it made; saves no
+model. This is the one file the agent edits: all of it may change, as long as `model(idx)` gives
+logits and the score comes from evaluate_bpb.
 """
 
 import sys
@@ -14,13 +15,14 @@ import sys
 if __name__ == "__main__":  # a profile.py beside this file, say, is not Python's own
     sys.path.append(sys.path.pop(0))
 
+import collections
 import functools
 import gc
 import math
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 try:
     import torch
@@ -37,18 +39,19 @@ except ImportError as error:
 
 # Size: the knobs that depend on the device; one value instead of three counts for all devices
 DEPTH = {"cuda": 9, "mps": 4, "cpu": 3}  # layers: the one dial
-ASPECT_RATIO = {"cuda": 71, "mps": 64, "cpu": 42}  # n_embd / DEPTH, before it is rounded up to whole heads
+ASPECT_RATIO = {"cuda": 71, "mps": 64, "cpu": 42}  # n_embd / DEPTH, before it is made whole heads
 HEAD_DIM = {"cuda": 128, "mps": 64, "cpu": 64}
 HEADS_PER_KV_HEAD = {"cuda": 1, "mps": 1, "cpu": 1}  # query heads that share a key and value head
 TOTAL_BATCH_SIZE = {"cuda": 2**17, "mps": 2**14, "cpu": 2**11}  # tokens per optimizer step
-DEVICE_BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 8}  # rows at once, in the exam too; halved to fit
-WINDOW_PATTERN = {"cuda": "SSSSL", "mps": "L", "cpu": "L"}  # tiled over the layers; the last is always L
-BIGRAM_ROWS = {"cuda": 2**19, "mps": 2**14, "cpu": 2**14}  # of each of two hashed bigram tables; 0: none
+DEVICE_BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 8}  # rows at once, also in the exam; halved to fit
+WINDOW_PATTERN = {"cuda": "SSSSL", "mps": "L", "cpu": "L"}  # tiled over the layers; the last is L
+BIGRAM_ROWS = {"cuda": 2**19, "mps": 2**14, "cpu": 2**14}  # of each of two hashed tables; 0: none
 COMPILE = {"cuda": True, "mps": False, "cpu": False}  # a CPU needs a C++ compiler, and minutes
 
 # Model. Values: the reference's overnight run of 125 experiments, then our own (README, Results)
 SHORT_WINDOW = 256  # keys before its own that a query of an S layer sees; L layers see all
 ROPE_BASE = 200_000
+QK_SCALE = 1.3  # of attention's logits: q and k are normed
 SOFTCAP = 15  # logits stay within +-SOFTCAP
 GATE_CHANNELS = 32  # channels of x that a gate reads
 INIT_SCALE = 0.68  # of the uniform bound sqrt(3 / n_embd)
@@ -61,7 +64,8 @@ MUON_MOMENTUM = (0.85, 0.95)  # first step, after MUON_RAMP steps
 MUON_RAMP = 200
 MUON_BETA2 = 0.95
 MUON_WEIGHT_DECAY = 0.2  # falls linearly to 0
-# Of token and value embeddings, at width 768. On a CPU 0.3 scored 0.019 better in the demo, mean of seeds 42 to 44
+# Of token and value embeddings, at width 768. On a CPU 0.3 scored 0.019 better in the demo, mean
+# of seeds 42 to 44
 EMBEDDING_LR = {"cuda": 0.9, "mps": 0.9, "cpu": 0.3}
 BIGRAM_LR = 0.25  # of both bigram tables, times EMBEDDING_LR
 UNEMBEDDING_LR = 0.005  # at width 768
@@ -70,7 +74,7 @@ RESID_LR = 0.005  # resid lambdas, and whatever in a block is no matrix
 ADAM_BETAS = (0.8, 0.95)
 X0_BETAS = (0.96, 0.95)  # ADAM_BETAS of the x0 lambdas
 ADAM_EPS = 1e-10
-COMPILED_FROM = 2**14  # elements; compiling the step of a smaller tensor takes a second and gains nothing
+COMPILED_FROM = 2**14  # elements; to compile a smaller tensor's step takes a second for nothing
 WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.01, "bigram": 0.02}  # AdamW's
 
 # Schedule, in shares of TIME_BUDGET
@@ -80,13 +84,13 @@ FINAL_LR_FRAC = 0.05
 # --------------------------------------------------------------------------------------------------
 # Attention
 
-FA3_KERNEL = "kernels-community/flash-attn3"  # for Hopper; "varunneal/flash-attention-3" is said to be faster there
-FA3_ALLOWED: list[str] = []  # publishers' kernels outside the hub's trusted list run only if named here
+FA3_KERNEL = "kernels-community/flash-attn3"  # "varunneal/flash-attention-3" is said to be faster
+FA3_ALLOWED: list[str] = []  # publishers whose kernels may run though the hub does not trust them
 HUB_SECONDS = 120  # a hub that accepts and never answers must not hang the run
 
 
 def attention(q, k, v, window):
-    """Let query t see keys max(0, t - window) ... t: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D)."""
+    """Query t sees keys max(0, t - window) ... t: q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H, D)."""
     return attention_backend(q, k, v, window)
 
 
@@ -101,16 +105,16 @@ def attention_varlen(q, k, v, window):
     B, T, H, D = q.shape
     ends = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
     q, k, v = (t.reshape(B * T, -1, D) for t in (q, k, v))  # (B*T, H, D): rows one after another
-    return varlen_attn(q, k, v, ends, ends, T, T, window_size=(-1 if window >= T - 1 else window, 0)).view(B, T, H, D)
+    window = (-1 if window >= T - 1 else window, 0)
+    return varlen_attn(q, k, v, ends, ends, T, T, window_size=window).view(B, T, H, D)
 
 
 def attention_sdpa(q, k, v, window):
     T = q.size(1)
     mask = None if window >= T - 1 else band_mask(T, window, q.device)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
-    gqa = q.size(1) != k.size(1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
-    return y.transpose(1, 2)
+    options = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
 @functools.cache
@@ -144,14 +148,14 @@ def choose_attention(device, wanted="auto"):
 
 
 def load_kernel(repo, allowed):
-    """Return flash_attn_func of a hub kernel, version 1; raises Failure that says in one line what came instead."""
+    """Return flash_attn_func of a hub kernel, version 1; a Failure says what came instead."""
     found, problem = [], [f"no answer from the hub within {HUB_SECONDS} s"]
 
     def load():
         try:
             import kernels
             found.append(kernels.get_kernel(repo, version=1, trust_remote_code=allowed).flash_attn_func)
-        except BaseException as error:  # anything can come out of a download and of importing a stranger's build
+        except BaseException as error:  # anything can come of importing a stranger's build
             cause = error
             while cause.__context__:  # a refused connection, say, behind advice that does not help
                 cause = cause.__context__
@@ -190,7 +194,7 @@ def model_width(depth, aspect_ratio, head_dim):
 def window_sizes(pattern, n_layer, short, seq_len):
     """Window of each layer: the pattern of S and L tiled over the layers, the last one always L."""
     if not pattern or set(pattern) - {"S", "L"}:
-        raise prepare.Failure(f"WINDOW_PATTERN is {pattern!r}; it takes S and L only, for example SSSL")
+        raise prepare.Failure(f"WINDOW_PATTERN is {pattern!r}; it takes S and L only, as in SSSL")
     tiled = [pattern[i % len(pattern)] for i in range(n_layer - 1)] + ["L"]
     return tuple(min(short, seq_len) if kind == "S" else seq_len for kind in tiled)
 
@@ -205,9 +209,15 @@ def norm(x):
 
 
 def precompute_rotary(seq_len, head_dim, base, device=None):
-    """cos (1, seq_len, 1, 1, head_dim / 2) and sin with both its signs (1, seq_len, 1, 2, head_dim / 2), float32."""
-    inverse = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), inverse)[None, :, None, None, :]
+    """cos (1, T, 1, 1, head_dim / 2) and sin with both its signs (1, T, 1, 2, head_dim / 2), float32.
+
+    The first half of the pairs turns, the others stand still (modded-nanogpt).
+    """
+    turning = head_dim // 4
+    inverse = base ** -(torch.arange(turning, dtype=torch.float32, device=device) / turning)
+    inverse = F.pad(inverse, (0, head_dim // 2 - turning))
+    positions = torch.arange(seq_len, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, inverse)[None, :, None, None, :]
     return angles.cos(), torch.cat([angles, -angles], dim=-2).sin()
 
 
@@ -217,13 +227,23 @@ def apply_rotary_emb(x, cos, sin):
     return (x * cos + x.flip(-2) * sin).flatten(-2)
 
 
+def offset_keys(k):
+    """Take the channels that RoPE leaves alone from the key one position earlier: k (B, T, H, D).
+
+    A query that looks for its own token then finds what followed it, in one layer (modded-nanogpt).
+    """
+    a, still_a, b, still_b = k.chunk(4, dim=-1)  # RoPE pairs channel d with d + D/2
+    still_a, still_b = (torch.cat([t[:, :1], t[:, :-1]], dim=1) for t in (still_a, still_b))
+    return torch.cat([a, still_a, b, still_b], dim=-1)
+
+
 def bigram_hash(idx, rows):
-    """Row of each position's (previous token, token) pair in a table, int64 (B, T) below `rows`; causal."""
+    """Row of each position's (previous token, token) pair in a table: int64 (B, T) below `rows`."""
     return (F.pad(idx[:, :-1], (1, 0)) * 1_000_003 + idx * 92_821) % rows
 
 
 def gate(linear, x):
-    """One factor per head from the first channels of x (B, T, C), (B, T, H, 1); zero weights give 1."""
+    """A factor per head from the first channels of x (B, T, C): (B, T, H, 1); zero weights give 1."""
     return 2 * torch.sigmoid(linear(x[..., :GATE_CHANNELS])).unsqueeze(-1)
 
 
@@ -231,6 +251,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.window, self.head_dim = config.windows[layer], config.n_embd // config.n_head
+        self.sees_all = self.window == config.seq_len
         self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.c_k = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
         self.c_v = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
@@ -246,7 +267,9 @@ class CausalSelfAttention(nn.Module):
         k, v = self.c_k(x).unflatten(-1, heads), self.c_v(x).unflatten(-1, heads)  # (B, T, Hkv, D)
         if ve is not None:  # value residual (ResFormer, arXiv 2410.17897)
             v = v + gate(self.ve_gate, x) * ve.unflatten(-1, heads)
-        q, k = apply_rotary_emb(norm(q), cos, sin), apply_rotary_emb(norm(k), cos, sin)  # a rotation keeps norms
+        q, k = QK_SCALE * norm(q), norm(k)
+        k = offset_keys(k) if self.sees_all else k
+        q, k = apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin)  # a rotation keeps norms
         return q.to(v.dtype), k.to(v.dtype), v
 
 
@@ -257,7 +280,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(F.leaky_relu(self.c_fc(x), 0.5).square())
 
 
 class Block(nn.Module):
@@ -284,7 +307,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Pre-norm transformer without biases; model(idx) -> logits (B, T, V) float32, model(idx, targets) -> mean loss."""
+    """Pre-norm transformer: model(idx) -> logits (B, T, V) float32, model(idx, targets) -> mean loss."""
 
     def __init__(self, config):
         super().__init__()
@@ -292,10 +315,11 @@ class GPT(nn.Module):
         n_layer, n_embd = config.n_layer, config.n_embd
         kv_dim = n_embd // config.n_head * config.n_kv_head
         self.wte = nn.Embedding(config.vocab_size, n_embd)
-        self.bigram = nn.Embedding(config.bigram_rows, n_embd) if config.bigram_rows else None
-        self.bigram_value_embeds = nn.Embedding(config.bigram_rows, kv_dim) if config.bigram_rows else None
-        layers = sum(has_ve(i, n_layer) for i in range(n_layer))
-        self.value_embeds = nn.ModuleList(nn.Embedding(config.vocab_size, kv_dim) for _ in range(layers))
+        rows = config.bigram_rows
+        self.bigram = nn.Embedding(rows, n_embd) if rows else None
+        self.bigram_value_embeds = nn.Embedding(rows, kv_dim) if rows else None
+        self.value_embeds = nn.ModuleList(nn.Embedding(config.vocab_size, kv_dim)
+                                          for i in range(n_layer) if has_ve(i, n_layer))
         self.resid_lambdas = nn.Parameter(torch.ones(n_layer))
         self.x0_lambdas = nn.Parameter(torch.full((n_layer,), X0_INIT))
         self.h = nn.ModuleList([Block(config, i) for i in range(n_layer)])
@@ -303,29 +327,32 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Fill the weights from torch's random state; a parameter not named here keeps what its module gave it."""
+        """Fill the weights from torch's random state; others than these stay as their modules made them."""
         bound = INIT_SCALE * (3 / self.config.n_embd) ** 0.5  # a uniform has the deviation bound / sqrt(3)
         fill = {
             "wte": lambda p: p.normal_(0, 1), "lm_head": lambda p: p.normal_(0, 0.001),
-            **dict.fromkeys(("c_q", "c_k", "c_v", "c_fc", "value_embeds"), lambda p: p.uniform_(-bound, bound)),
-            **dict.fromkeys(("c_proj", "ve_gate", "attn_gate", "bigram", "bigram_value_embeds"), torch.Tensor.zero_),
         }
+        for name in ("c_q", "c_k", "c_v", "c_fc", "value_embeds"):
+            fill[name] = lambda p: p.uniform_(-bound, bound)
+        for name in ("c_proj", "ve_gate", "attn_gate", "bigram", "bigram_value_embeds"):
+            fill[name] = torch.Tensor.zero_
         for name, parameter in self.named_parameters():
-            kind = "value_embeds" if name.startswith("value_embeds.") else name.removesuffix(".weight").split(".")[-1]
+            *_, kind = (part for part in name.split(".") if part != "weight" and not part.isdigit())
             fill.get(kind, lambda p: p)(parameter)
 
     def embed(self, idx, bigram, bigram_value):
-        """idx (B, T), bigram (B, T, C) and bigram_value (B, T, Hkv * D) or 0 -> x0 (B, T, C), value embeddings."""
-        return norm(self.wte(idx) + bigram), [table(idx) + bigram_value for table in self.value_embeds]
+        """idx (B, T), bigram (B, T, C) and bigram_value (B, T, Hkv * D), or 0 -> x0, value embeddings."""
+        value_embeds = [table(idx) + bigram_value for table in self.value_embeds]
+        return norm(self.wte(idx) + bigram), value_embeds
 
     def head(self, x, targets):
         """x (B, T, C) -> logits (B, T, V) float32, or with targets (B, T) the mean loss.
 
-        tanh by a sigmoid, exp by exp2 and no maximum taken off (capped logits cannot overflow) halve the loss's
-        instructions: 2.8 ms instead of 4.9 on an H200 at 2^17 tokens.
+        tanh by a sigmoid, exp by exp2 and no maximum taken off (capped logits cannot overflow)
+        halve the loss's instructions: 2.8 ms instead of 4.9 on an H200 at 2^17 tokens.
         """
         logits = self.lm_head(norm(x)).float()
-        logits = SOFTCAP * (2 * torch.sigmoid(logits * (2 / SOFTCAP)) - 1)  # SOFTCAP * tanh(logits / SOFTCAP)
+        logits = SOFTCAP * (2 * torch.sigmoid(logits * (2 / SOFTCAP)) - 1)  # SOFTCAP tanh(./SOFTCAP)
         if targets is None:
             return logits
         total = torch.exp2(logits / math.log(2)).sum(-1)
@@ -333,44 +360,49 @@ class GPT(nn.Module):
         return (total.log() - torch.where(hit, logits, 0).sum(-1)).mean()
 
     def forward(self, idx, targets=None):
-        cos, sin = precompute_rotary(idx.size(1), self.config.n_embd // self.config.n_head, ROPE_BASE, idx.device)
+        head_dim = self.config.n_embd // self.config.n_head
+        cos, sin = precompute_rotary(idx.size(1), head_dim, ROPE_BASE, idx.device)
         bigram = bigram_value = 0
-        if self.bigram is not None:  # outside compiled code, which would keep a float32 gradient of a whole table
+        if self.bigram is not None:  # here, because compiled code would make float32 gradients of them
             rows = bigram_hash(idx, self.config.bigram_rows)
             bigram, bigram_value = self.bigram(rows), self.bigram_value_embeds(rows)
         x0, value_embeds = self.embed(idx, bigram, bigram_value)
         x = x0.clone()  # two arguments that are one tensor would compile the first block apart
-        for i, (block, *lambdas) in enumerate(zip(self.h, self.resid_lambdas.unbind(), self.x0_lambdas.unbind())):
+        lambdas = zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind())
+        for i, (block, (resid_lambda, x0_lambda)) in enumerate(zip(self.h, lambdas)):
             ve = value_embeds.pop(0) if has_ve(i, self.config.n_layer) else None
-            x = block(x, x0, ve, *lambdas, cos, sin)
-            if not self.training:  # compiled code has gradients on (see compile_parts): keep nothing for them
+            x = block(x, x0, ve, resid_lambda, x0_lambda, cos, sin)
+            if not self.training:  # gradients are on (see compile_parts): keep nothing for them
                 x = x.detach().requires_grad_()
         return self.head(x, targets)
 
     def flops_per_token(self):
-        """Training FLOPs per token as MFU counts them (PaLM, arXiv 2204.02311, appendix B), windows as they are."""
-        matmul = sum(p.numel() for m in self.modules() if isinstance(m, nn.Linear) for p in m.parameters())
+        """Training FLOPs per token as MFU counts them (PaLM, arXiv 2204.02311, appendix B)."""
+        matmul = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         keys = sum(min(window + 1, self.config.seq_len) for window in self.config.windows)
         return 6 * matmul + 12 * self.config.n_embd * keys
 
 
 def compile_parts():
-    """Compile what stands around attention, once for all layers and windows, so that any attention kernel will do.
+    """Compile what stands around attention, once for all layers, so that any attention kernel will do.
 
-    A block compiled whole breaks at attention into four graphs instead of these two: 1 to 2 % of a step on an H100.
+    A block compiled whole breaks at attention into four graphs instead of these two: 1 to 2 % of a
+    step on an H100.
     """
     torch._dynamo.config.recompile_limit = 64  # with and without ve, for each batch shape
     for owner, part in ((Block, "before"), (Block, "after"), (GPT, "embed"), (GPT, "head")):
         # Of the class, not of a model: a copied model then runs its own weights
         setattr(owner, part, torch.compile(getattr(owner, part), dynamic=False))
-    # Code is compiled for gradients on or off: left on in the exam, too, it is not compiled again (6 s on an H100)
+    # Code is compiled for gradients on or off: left on in the exam, too, it is not compiled again
+    # (6 s on an H100)
     GPT.forward = torch.enable_grad()(GPT.forward)
 
 
 # --------------------------------------------------------------------------------------------------
 # Optimizer
 
-# Quintic coefficients of Polar Express for 5 iterations, safety factor 2e-2, cushion 2 (arXiv 2505.16932)
+# Quintic coefficients of Polar Express for 5 iterations, safety factor 2e-2, cushion 2 (arXiv
+# 2505.16932)
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -381,10 +413,10 @@ POLAR_EXPRESS = (
 
 
 def polar_express(matrices, dtype):
-    """Nearest semi-orthogonal matrix of each of (N, rows, cols), about: singular values go near 1; works in `dtype`."""
+    """About the nearest semi-orthogonal matrix of each of (N, rows, cols): singular values near 1."""
     tall = matrices.size(-2) > matrices.size(-1)
     x = (matrices.mT if tall else matrices).to(dtype)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6).to(dtype)  # singular values into (0, 1), with a margin
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6).to(dtype)  # singular values below 1
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram gram
@@ -392,13 +424,14 @@ def polar_express(matrices, dtype):
     return x.mT if tall else x
 
 
-def muon_step(params, grads, momentum_buffer, second_moment, momentum, lr, weight_decay, beta2, dtype):
-    """Muon step of same-shape matrices, stacked (N, rows, cols); params, grads and both buffers change in place.
+def muon_step(params, grads, momentum_buffer, second_moment, momentum, lr, weight_decay, beta2,
+              dtype):
+    """Muon step of same-shape matrices, stacked (N, rows, cols); all but grads change in place.
 
-    m <- momentum m + (1 - momentum) g;  u = polar_express(Nesterov of m)
-    s <- beta2 s + (1 - beta2) mean(u^2) over the shorter side of u;  u <- u / sqrt(s), scaled back to its old norm
-    p <- p - lr sqrt(max(1, rows / cols)) (u + weight_decay p where u p > 0)
-    NorMuon (arXiv 2510.05491), cautious weight decay (arXiv 2510.12402).
+    m <- momentum m + (1 - momentum) g;  u = polar_express(Nesterov of m) s <- beta2 s + (1 -
+    beta2) mean(u^2) over the shorter side of u;  u <- u / sqrt(s), scaled back to its old norm p
+    <- p - lr sqrt(max(1, rows / cols)) (u + weight_decay p where u p > 0) NorMuon (arXiv
+    2510.05491), cautious weight decay (arXiv 2510.12402).
     """
     momentum_buffer.mul_(momentum).add_(grads * (1 - momentum))
     u = polar_express(grads * (1 - momentum) + momentum_buffer * momentum, dtype).float()
@@ -406,7 +439,7 @@ def muon_step(params, grads, momentum_buffer, second_moment, momentum, lr, weigh
     v_mean = u.square().mean(dim=-1 if rows >= cols else -2, keepdim=True)
     second_moment.mul_(beta2).add_(v_mean * (1 - beta2))
     scale = second_moment.clamp_min(1e-10).rsqrt()
-    scaled = (v_mean * scale.square()).sum((-2, -1), True).clamp_min(1e-20)  # of u * scale, its squared norm
+    scaled = (v_mean * scale.square()).sum((-2, -1), True).clamp_min(1e-20)  # norm^2 of u * scale
     u = u * scale * (v_mean.sum((-2, -1), True) / scaled).sqrt()
     params.sub_(lr * max(1, rows / cols) ** 0.5 * (u + weight_decay * params * (u * params > 0)))
 
@@ -414,9 +447,10 @@ def muon_step(params, grads, momentum_buffer, second_moment, momentum, lr, weigh
 def adamw_step(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay):
     """AdamW step (arXiv 1711.05101) in place.
 
-    p <- p - lr weight_decay p - lr m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps), computed in float32.
+    p <- p - lr weight_decay p - lr m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps),
+    computed in float32.
     """
-    g, m, v, p = grad.float(), exp_avg.float(), exp_avg_sq.float(), param.float()  # no copies if they are float32
+    g, m, v, p = grad.float(), exp_avg.float(), exp_avg_sq.float(), param.float()  # a copy if bfloat16
     m.mul_(beta1).add_(g * (1 - beta1))
     v.mul_(beta2).add_(g.square().mul_(1 - beta2))
     denominator = (v / (1 - beta2**step)).sqrt_().add_(eps)
@@ -429,19 +463,23 @@ def adamw_step(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, we
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for groups with kind="muon" (matrices of one shape), AdamW for kind="adamw"; options may change.
 
-    `compiled`: steps of COMPILED_FROM elements or more go through torch.compile. `dtype`: of polar_express.
+    `compiled`: steps of COMPILED_FROM elements or more go through torch.compile. `dtype`: of
+    polar_express.
     """
 
     def __init__(self, groups, compiled=False, dtype=torch.float32):
         super().__init__(groups, {})
-        wrap = functools.partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda step: step
-        self.adamw_step, self.muon_step, self.dtype = wrap(adamw_step), wrap(muon_step), dtype
+        self.adamw_step, self.muon_step, self.dtype = adamw_step, muon_step, dtype
+        if compiled:
+            compile = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+            self.adamw_step, self.muon_step = compile(adamw_step), compile(muon_step)
         if unknown := {group.get("kind") for group in self.param_groups} - {"muon", "adamw"}:
-            raise prepare.Failure(f"optimizer groups of kind {unknown}; MuonAdamW steps muon and adamw only")
-        self.scalars = {}  # 0-D CPU tensors, because a Python number that changes would compile anew
+            raise prepare.Failure(f"optimizer groups of kind {unknown}; MuonAdamW steps muon and adamw")
+        self.scalars = collections.defaultdict(lambda: torch.zeros(()))
 
     def scalars_of(self, **values):
-        return {name: self.scalars.setdefault(name, torch.zeros(())).fill_(value) for name, value in values.items()}
+        """Numbers as 0-D CPU tensors, because a Python number that changes would compile anew."""
+        return {name: self.scalars[name].fill_(value) for name, value in values.items()}
 
     @torch.no_grad()
     def step(self):
@@ -455,13 +493,14 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in params:
             state = self.state[p]
             if not state:
-                state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["step"] = torch.zeros(())
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             moments = state["exp_avg"], state["exp_avg_sq"]
-            # Two ways: torch's kernel takes a third of adamw_step's time on a CPU, but on an H200 6.2 ms a step of
-            # the default model, where the compiled adamw_step takes 2.6
+            # Two ways: torch's kernel takes a third of adamw_step's time on a CPU, but on an H200
+            # 6.2 ms a step of the default model, where the compiled adamw_step takes 2.6
             if p.device.type == "cpu":
-                adamw([p], [p.grad], [moments[0]], [moments[1]], [], [state["step"]], fused=True, amsgrad=False,
-                      maximize=False, **options)
+                adamw([p], [p.grad], [moments[0]], [moments[1]], [], [state["step"]], fused=True,
+                      amsgrad=False, maximize=False, **options)
             else:
                 step = self.adamw_step if p.numel() >= COMPILED_FROM else adamw_step
                 step(p, p.grad, *moments, **self.scalars_of(step=state["step"].add_(1), **options))
@@ -470,38 +509,37 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in params:
             if not self.state[p]:
                 shorter = -1 if p.size(-2) >= p.size(-1) else -2
-                self.state[p].update(momentum_buffer=torch.zeros_like(p),
-                                     second_moment=torch.zeros_like(p.mean(shorter, keepdim=True)))
-        tensors = [params, [p.grad for p in params], *([self.state[p][name] for p in params]
-                                                       for name in ("momentum_buffer", "second_moment"))]
-        stacked = [torch.stack(each) for each in tensors]  # all matrices of a shape in one batch
-        step = self.muon_step if stacked[0].numel() >= COMPILED_FROM else muon_step
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                self.state[p]["second_moment"] = torch.zeros_like(p.mean(shorter, keepdim=True))
+        momenta = [self.state[p]["momentum_buffer"] for p in params]
+        seconds = [self.state[p]["second_moment"] for p in params]
+        p, g, m, s = map(torch.stack, (params, [p.grad for p in params], momenta, seconds))  # one batch
+        step = self.muon_step if p.numel() >= COMPILED_FROM else muon_step
         options = {name: group[name] for name in ("momentum", "lr", "weight_decay", "beta2")}
-        step(*stacked, **self.scalars_of(**options), dtype=self.dtype)
-        for each, changed in zip(tensors, stacked):
-            if each is not tensors[1]:
-                torch._foreach_copy_(each, list(changed.unbind()))
+        step(p, g, m, s, **self.scalars_of(**options), dtype=self.dtype)
+        for each, changed in ((params, p), (momenta, m), (seconds, s)):
+            torch._foreach_copy_(each, list(changed.unbind()))
 
 
 def parameter_groups(model):
-    """Optimizer groups that cover exactly the model's parameters; raises Failure naming what is left out or doubled."""
+    """Optimizer groups that cover the model's parameters, each once; a Failure names others."""
     scale = (model.config.n_embd / 768) ** -0.5
     embedding_lr = knob("EMBEDDING_LR", model.wte.weight.device.type) * scale
 
-    def adamw(params, lr, betas=ADAM_BETAS, weight_decay=0.0):
-        return {"kind": "adamw", "params": list(params), "lr": lr, "beta1": betas[0], "beta2": betas[1],
-                "eps": ADAM_EPS, "weight_decay": weight_decay}
+    def adamw(params, lr, decay=0.0, betas=ADAM_BETAS):
+        return {"kind": "adamw", "params": list(params), "lr": lr, "beta1": betas[0],
+                "beta2": betas[1], "eps": ADAM_EPS, "weight_decay": decay}
 
     groups = [
-        adamw(model.lm_head.parameters(), UNEMBEDDING_LR * scale, weight_decay=WEIGHT_DECAY["lm_head"]),
-        adamw(model.wte.parameters(), embedding_lr, weight_decay=WEIGHT_DECAY["wte"]),
-        adamw(model.value_embeds.parameters(), embedding_lr, weight_decay=WEIGHT_DECAY["value_embeds"]),
+        adamw(model.lm_head.parameters(), UNEMBEDDING_LR * scale, WEIGHT_DECAY["lm_head"]),
+        adamw(model.wte.parameters(), embedding_lr, WEIGHT_DECAY["wte"]),
+        adamw(model.value_embeds.parameters(), embedding_lr, WEIGHT_DECAY["value_embeds"]),
         adamw([model.resid_lambdas], RESID_LR),
         adamw([model.x0_lambdas], X0_LR, betas=X0_BETAS),
     ]
     if model.bigram is not None:
-        groups.append(adamw([model.bigram.weight, model.bigram_value_embeds.weight], BIGRAM_LR * embedding_lr,
-                            weight_decay=WEIGHT_DECAY["bigram"]))
+        tables = [model.bigram.weight, model.bigram_value_embeds.weight]
+        groups.append(adamw(tables, BIGRAM_LR * embedding_lr, WEIGHT_DECAY["bigram"]))
     matrices = [p for p in model.h.parameters() if p.ndim == 2]
     if others := [p for p in model.h.parameters() if p.ndim != 2]:
         groups.append(adamw(others, RESID_LR))
@@ -512,7 +550,7 @@ def parameter_groups(model):
     grouped = [id(p) for group in groups for p in group["params"]]
     wrong = [name for name, p in model.named_parameters() if grouped.count(id(p)) != 1]
     if wrong:
-        raise prepare.Failure(f"parameter_groups must hold each parameter once; it does not for {', '.join(wrong)}")
+        raise prepare.Failure(f"parameter_groups must hold each of {', '.join(wrong)} once")
     return [group | {"initial_lr": group["lr"]} for group in groups]
 
 
@@ -523,7 +561,7 @@ def lr_multiplier(progress: float) -> float:
 
 
 def set_schedules(optimizer, step: int, progress: float) -> None:
-    """Learning rates as lr_multiplier says; Muon's momentum linearly along MUON_MOMENTUM, its weight decay to 0."""
+    """Learning rates by lr_multiplier; Muon's momentum along MUON_MOMENTUM, its weight decay to 0."""
     ramp = min(step / max(MUON_RAMP, 1), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr_multiplier(progress)
@@ -540,55 +578,58 @@ WARMUP_STEPS = 3  # thrown away
 
 # Dense bf16 FLOP/s by device name, from the vendors' data sheets; the first match counts
 PEAK_FLOPS = {
-    "GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12, "MI300X": 1307e12,
+    "GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+    "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12, "MI300X": 1307e12,
 }
 
 
 def compute_dtype(device):
     """bfloat16 where the hardware has it, else float32: emulated bfloat16 is many times slower."""
+    fast = False
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
-def knob(name, kind):
-    """The value of a hyperparameter on a device type."""
+def knob(name, kind, least=None):
+    """The value of a hyperparameter on a device type; with `least`, a whole number not below that."""
     value = globals()[name]
-    return value.get(kind) if isinstance(value, dict) else value
+    value = value.get(kind) if isinstance(value, dict) else value
+    if least is not None:
+        demand(isinstance(value, int) and value >= least, name, value, f"a whole number, at least {least}")
+    return value
+
+
+def demand(fine, name, value, wanted):
+    if not fine:
+        raise prepare.Failure(f"{name} is {value!r}; give {wanted}")
 
 
 def sizes(kind, seq_len, vocab_size):
-    """(GPTConfig, tokens per step, rows at once) of the knobs on a device type; a Failure names one that cannot be."""
-    names = ("DEPTH", "ASPECT_RATIO", "HEAD_DIM", "HEADS_PER_KV_HEAD", "TOTAL_BATCH_SIZE", "DEVICE_BATCH_SIZE",
-             "BIGRAM_ROWS")
-    values = {name: knob(name, kind) for name in names}
-    for name, value in values.items():
-        least = 0 if name == "BIGRAM_ROWS" else 1
-        if not isinstance(value, int) or value < least:
-            raise prepare.Failure(f"{name} is {value!r} on {kind}; give a whole number of at least {least}")
-    depth, aspect_ratio, head_dim, heads_per_kv_head, total, rows, bigram_rows = values.values()
-    n_embd = model_width(depth, aspect_ratio, head_dim)
-    n_head = n_embd // head_dim
-    for name, value, fine, wanted in (
-        ("HEAD_DIM", head_dim, head_dim % 2 == 0, "an even number: RoPE turns pairs"),
-        ("HEADS_PER_KV_HEAD", heads_per_kv_head, n_head % heads_per_kv_head == 0, f"a divisor of the {n_head} heads"),
-        ("GATE_CHANNELS", GATE_CHANNELS, 1 <= GATE_CHANNELS <= n_embd, f"at most the width, {n_embd}"),
-        ("SOFTCAP", SOFTCAP, 0 < SOFTCAP <= 79, "above 0 and at most 79, where exp still fits into float32"),
-        ("TOTAL_BATCH_SIZE", total, total % seq_len == 0, f"a multiple of MAX_SEQ_LEN ({seq_len})"),
-        ("TOTAL_BATCH_SIZE", total, total % (min(rows, max(total // seq_len, 1)) * seq_len) == 0,
-         f"a multiple of DEVICE_BATCH_SIZE ({rows}) x MAX_SEQ_LEN ({seq_len}) = {rows * seq_len}, or change that"),
-    ):
-        if not fine:
-            raise prepare.Failure(f"{name} is {value!r}; give {wanted}")
+    """(GPTConfig, tokens per step, rows at once) of the knobs on a device type; checks them."""
+    depth, head_dim = knob("DEPTH", kind, 1), knob("HEAD_DIM", kind, 1)
+    n_embd = model_width(depth, knob("ASPECT_RATIO", kind, 1), head_dim)
+    n_head, shared = n_embd // head_dim, knob("HEADS_PER_KV_HEAD", kind, 1)
+    total, rows = knob("TOTAL_BATCH_SIZE", kind, 1), knob("DEVICE_BATCH_SIZE", kind, 1)
+    demand(head_dim % 4 == 0, "HEAD_DIM", head_dim, "a multiple of 4: RoPE turns half of the pairs")
+    demand(n_head % shared == 0, "HEADS_PER_KV_HEAD", shared, f"a divisor of the {n_head} heads")
+    demand(1 <= GATE_CHANNELS <= n_embd, "GATE_CHANNELS", GATE_CHANNELS, f"at most the width, {n_embd}")
+    demand(0 < SOFTCAP <= 79, "SOFTCAP", SOFTCAP, "at most 79, where exp still fits into float32")
+    demand(total % seq_len == 0, "TOTAL_BATCH_SIZE", total, f"a multiple of MAX_SEQ_LEN ({seq_len})")
+    rows = min(rows, total // seq_len)
+    demand(total % (rows * seq_len) == 0, "TOTAL_BATCH_SIZE", total, "a multiple of DEVICE_BATCH_SIZE "
+           f"({rows}) x MAX_SEQ_LEN ({seq_len}) = {rows * seq_len}, or change that")
     windows = window_sizes(knob("WINDOW_PATTERN", kind), depth, SHORT_WINDOW, seq_len)
-    config = GPTConfig(vocab_size, seq_len, depth, n_head, n_head // heads_per_kv_head, n_embd, windows, bigram_rows)
-    return config, total, min(rows, total // seq_len)
+    bigram_rows = knob("BIGRAM_ROWS", kind, 0)
+    config = GPTConfig(vocab_size, seq_len, depth, n_head, n_head // shared, n_embd, windows, bigram_rows)
+    return config, total, rows
 
 
 def build(config, device, dtype, compiled, seed):
-    """Return (model, optimizer) on the device, initialised from the seed; the tables in the compute dtype."""
+    """Return (model, optimizer) on the device, initialised from the seed; tables in the compute dtype."""
     torch.manual_seed(seed)
     with torch.device(device):
         model = GPT(config)
@@ -622,7 +663,7 @@ def quick_start(kind):
     if knob("COMPILE", kind):  # the compiler's worker processes need seconds to start, so begin
         from torch._inductor.async_compile import maybe_warm_pool
         maybe_warm_pool()
-    if kind == "cuda":  # the CPU has little to do: waking a hundred threads for it would take longer than the work
+    if kind == "cuda":  # the CPU has little to do: waking a hundred threads would take longer
         torch.set_num_threads(min(16, torch.get_num_threads()))
     gc.disable()  # garbage collection stalls steps, and compilation
 
@@ -630,48 +671,51 @@ def quick_start(kind):
 def main():
     began = time.monotonic()
     if len(sys.argv) > 1:
-        raise prepare.Failure(f"train.py takes no arguments, but got {sys.argv[1:]}; edit its hyperparameters instead")
+        raise prepare.Failure(f"train.py takes no arguments, but got {sys.argv[1:]}; edit its knobs instead")
     contract, why = prepare.active_contract()
     print(prepare.describe(contract, why))
     split, T, budget = prepare.active_split(), contract.max_seq_len, contract.time_budget
     seed = os.environ.get("SEED") or "42"
     if not seed.isdecimal() or int(seed) >= 2**63:
-        raise prepare.Failure(f"SEED is {seed!r}; give a whole number from 0 to {2**63 - 1}, or unset it")
+        raise prepare.Failure(f"SEED is {seed!r}; give a whole number below 2**63, or unset it")
     seed = int(seed)
 
     # Device, precision, sizes, attention
     device = prepare.default_device()
     kind = device.type
-    _, total_batch_size, device_batch_size = sizes(kind, T, contract.vocab_size)  # bad knobs fail before all else
+    config, total_batch_size, device_batch_size = sizes(kind, T, contract.vocab_size)
     quick_start(kind)
     dtype = compute_dtype(device)
     autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    synchronize = torch.cuda.synchronize if kind == "cuda" else torch.mps.synchronize if kind == "mps" else lambda: None
+    synchronize = getattr(torch, kind).synchronize  # torch.cuda's, torch.mps's, or torch.cpu's, which does nothing
     backend, reason = choose_attention(device, ATTENTION)
     name = prepare.device_name(device)
     print(f"device: {name}, {str(dtype).removeprefix('torch.')}\nattention: {backend} ({reason})")
     if kind == "cpu" and hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * os.cpu_count():
-        print(f"note: other programs want this machine's cores (load {os.getloadavg()[0]:.1f}); threads that wait for "
-              "each other then lose most of their speed. Stop those, or run with OMP_WAIT_POLICY=PASSIVE")
+        print(f"note: other programs want this machine's cores (load {os.getloadavg()[0]:.1f}); threads "
+              "that wait for each other then lose most of their speed. Stop those, or run with "
+              "OMP_WAIT_POLICY=PASSIVE")
 
     # Data and model
     tokenizer = prepare.prepare(contract)
-    config = sizes(kind, T, tokenizer.get_vocab_size())[0]
+    config = replace(config, vocab_size=tokenizer.get_vocab_size())  # little text makes fewer tokens
     if knob("COMPILE", kind):
         compile_parts()
     model, optimizer = build(config, device, dtype, knob("COMPILE", kind), seed)
     n_params = sum(p.numel() for p in model.parameters())
-    print(f"model: {n_params / 1e6:.1f} M parameters, {config.n_layer} layers, width {config.n_embd}, {config.n_head} "
-          f"heads of {config.n_embd // config.n_head}; {total_batch_size:,} tokens per step\nwarm-up", flush=True)
+    print(f"model: {n_params / 1e6:.1f} M parameters, {config.n_layer} layers, width {config.n_embd}, "
+          f"{config.n_head} heads of {config.n_embd // config.n_head}; {total_batch_size:,} tokens per step")
+    print("warm-up", flush=True)
 
-    # Warm-up on random tokens: compile, find the batch that fits, let the exam refuse a broken model
+    # Warm-up on random tokens: compile, find the batch that fits, let the exam refuse a broken
+    # model
     while True:
         grad_accum_steps = total_batch_size // (device_batch_size * T)
         try:
             for _ in range(WARMUP_STEPS):
                 tokens = torch.randint(config.vocab_size, (device_batch_size, T + 1), device=device)
                 batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-                with autocast:  # two micro-batches are enough: from the second on, gradients are already allocated
+                with autocast:  # the second micro-batch meets gradients: more need no more memory
                     train_step(model, optimizer, [batch] * min(2, grad_accum_steps)).item()
             with autocast:
                 prepare.check_model(model, device_batch_size)
@@ -690,8 +734,9 @@ def main():
     optimizer.state.clear()
     fresh = build(config, device, dtype, False, seed)[0]
     with torch.no_grad():  # as if nothing had been
-        for used, new in zip((*model.parameters(), *model.buffers()), (*fresh.parameters(), *fresh.buffers())):
-            used.copy_(new)
+        for values in (nn.Module.parameters, nn.Module.buffers):
+            for used, new in zip(values(model), values(fresh)):
+                used.copy_(new)
     del fresh, used, new
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -699,11 +744,12 @@ def main():
     # The clock: every step counts
     loader = prepare.make_dataloader(tokenizer, device_batch_size, T, "train", device=device)
     flops = model.flops_per_token() * total_batch_size
-    peak_flops = next((f for part, f in PEAK_FLOPS.items() if f"{part} " in f"{name} ".replace("-", " ")), None)
+    words = f"{name} ".replace("-", " ")
+    peak_flops = next((flops for part, flops in PEAK_FLOPS.items() if f"{part} " in words), None)
     log_seconds = max(LOG_SECONDS, budget / 100)  # a log stays under 20 kB
     line = functools.partial(log_line, budget=budget, total_batch_size=total_batch_size, flops=flops,
                              peak_flops=peak_flops)
-    lag = 1 if kind == "cuda" else 0  # a GPU runs a step while the host reads the loss of the one before
+    lag = 1 if kind == "cuda" else 0  # a GPU runs a step while the host reads the last one's loss
     unread = []
     step = logged = 0
     elapsed = logged_at = 0.0

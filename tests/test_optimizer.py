@@ -186,7 +186,7 @@ def test_a_parameter_in_no_group_or_in_two_is_an_error_that_names_it():
     doubled.h[0].table = doubled.value_embeds[1]
     tied.lm_head.weight = tied.wte.weight
     for model, name in (left_out, "extra"), (doubled, r"value_embeds\.1"), (tied, "wte"):
-        with pytest.raises(prepare.Failure, match=rf"it does not for {name}\.weight$"):
+        with pytest.raises(prepare.Failure, match=rf"must hold each of {name}\.weight once"):
             train.parameter_groups(model)
 
 

@@ -275,7 +275,7 @@ def test_a_diverged_run_ends_at_once_with_the_loss_and_the_step(loss, shown, ste
 @pytest.mark.parametrize("knob, value, words", [
     ("DEPTH", 0, ("DEPTH is 0", "at least 1")),
     ("DEPTH", {"cpu": 2.5}, ("DEPTH is 2.5", "a whole number")),
-    ("HEAD_DIM", 63, ("HEAD_DIM is 63", "an even number")),
+    ("HEAD_DIM", 63, ("HEAD_DIM is 63", "a multiple of 4")),
     ("HEADS_PER_KV_HEAD", 3, ("HEADS_PER_KV_HEAD is 3", "a divisor of the 2 heads")),
     ("BIGRAM_ROWS", -1, ("BIGRAM_ROWS is -1", "at least 0")),
     ("SOFTCAP", 100, ("SOFTCAP is 100", "at most 79")),
