@@ -234,8 +234,7 @@ PATIENCE = 60
 ATTEMPTS = 5  # at each file
 PACKAGES = ("torch", "numpy", "sympy", "networkx")  # read for DOCSTRINGS
 MIN_DOCSTRING = 200  # characters
-# Text in three double quotes. What else may hold such quotes is skipped: other strings, and
-# comments
+# Text in three double quotes; other strings and comments, which may hold such quotes, are skipped
 DOCSTRING = r"""\"{3}((?:\\.|[^\\])*?)"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|#[^\n]*"""
 
 
@@ -265,7 +264,7 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
     print(f"{len(names)} files to get from {_host(base)}", flush=True)
     try:
         headers = session.head(url + names[0], timeout=(min(10, PATIENCE), PATIENCE)).headers
-        size = int(headers.get("X-Linked-Size") or 0) * len(names)
+        size = int(headers.get("X-Linked-Size") or headers.get("Content-Length") or 0) * len(names)
     except requests.ConnectionError as error:
         raise Failure(f"cannot reach {_host(base)} ({_cause(error)}).\n{offline}") from error
     except (requests.RequestException, ValueError):
@@ -275,7 +274,7 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
         raise Failure(f"not enough disk: about {need:.1f} GB needed, {free:.1f} GB free in {folder}. "
                       "Free some, ask for fewer --num-shards, or move AUTORESEARCH_CACHE.")
     problems, stop = [], threading.Event()
-    bar = _progress(f"download {size / 1e6:,.0f} MB", size, "B")
+    bar = _progress(f"download {size / 1e6:,.0f} MB", size or None, "B")
     with session, bar, ThreadPoolExecutor(workers) as pool:
         jobs = {name: pool.submit(_download, session, url + name, folder / name, bar, stop)
                 for name in names}
@@ -309,7 +308,7 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm,
                 resumed = came.get("Content-Range", "").startswith(f"bytes {start}-")
                 if code == 416 or (code == 206 and not resumed):
                     why = "the server refused to go on from what was there"
-                    part.unlink()
+                    part.unlink(missing_ok=True)
                     continue
                 if code >= 400:
                     hint = "; is HF_TOKEN right?" if code in (401, 403) else ""
@@ -324,7 +323,8 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm,
         except requests.RequestException as error:
             why = f"{_host(url)}: {_cause(error)}"
             continue
-        tags = (r.headers.get("X-Linked-ETag", "").strip('"') for r in (*response.history, response))
+        answers = (*response.history, response)
+        tags = (answer.headers.get("X-Linked-ETag", "").strip('"').lower() for answer in answers)
         declared, digest = next((tag for tag in tags if len(tag) == 64), None), _sha256(part)
         try:
             if declared not in (None, digest):
