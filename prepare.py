@@ -448,11 +448,11 @@ class Tokenizer:
         return [*([] if first is None else [first]), *self.encode_to_numpy(text).tolist()]
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
+        encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
         try:
-            return self.encoding.encode_to_numpy(text, disallowed_special=())
+            return encode(text)
         except ValueError:  # a million blanks in a row are too many for the pattern
-            pieces = [text[i : i + 10**5] for i in range(0, len(text), 10**5)]
-            return np.concatenate([self.encode_to_numpy(piece) for piece in pieces])
+            return np.concatenate([encode(text[i : i + 10**5]) for i in range(0, len(text), 10**5)])
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self.encoding.decode(list(tokens))
@@ -969,15 +969,15 @@ def verdict() -> str:
     last kept one), its runs.jsonl has the scores. They compare seed by seed: most of what a seed
     does, it does to all.
     """
-    head, runs, rows = _git("rev-parse", "--short=7", "HEAD"), [], []
-    with contextlib.suppress(FileNotFoundError):
-        ledger = Path("results.tsv").read_text("utf-8", "replace").splitlines()
-        rows = [[cell.strip() for cell in line.split("\t")] for line in ledger if line.count("\t") > 3]
-        for line in Path("runs.jsonl").read_text("utf-8", "replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # no line of ours, or cut off
-                run = json.loads(line)
-                if not run["dirty"] and run["split"] == "val" and run.get("evaluation", 1) == 1:
-                    runs.append(run | {"commit": run["commit"][:7], "bpb": round(run["bpb"], 6)})
+    head, runs = _git("rev-parse", "--short=7", "HEAD"), []
+    ledger, evidence = (Path(name).read_text("utf-8", "replace").splitlines() if os.path.isfile(name)
+                        else [] for name in ("results.tsv", "runs.jsonl"))
+    rows = [[cell.strip() for cell in line.split("\t")] for line in ledger if line.count("\t") > 3]
+    for line in evidence:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # no line of ours, or cut off
+            run = json.loads(line)
+            if not run["dirty"] and run["split"] == "val" and run.get("evaluation", 1) == 1:
+                runs.append(run | {"commit": run["commit"][:7], "bpb": round(run["bpb"], 6)})
 
     def of(commit: str, seed: int, what: str = "bpb") -> list:
         return [run[what] or 0 for run in runs if (run["commit"], run["seed"]) == (commit, seed)]
@@ -1002,8 +1002,7 @@ def verdict() -> str:
     change = [np.mean(of(head, seed)) - np.mean(of(best, seed)) for seed in both]
     changed = _git("diff", "--numstat", best, head, "--", "train.py") or "0 0"
     added, removed = map(int, changed.split()[:2])
-    # Of SEED=42: below `sure` keep, below `worth` run 43. Then keep if the mean of both is below
-    # `limit`
+    # SEED=42: below `sure` keep, below `worth` run 43. Then keep if the mean is below `limit`
     sure, worth, limit = -noise, 0.0, -noise / 3
     if added - removed <= -10:  # less code may cost a little
         worth, limit = noise, noise / 3

@@ -707,8 +707,7 @@ def main():
           f"{config.n_head} heads of {config.n_embd // config.n_head}; {total_batch_size:,} tokens per step")
     print("warm-up", flush=True)
 
-    # Warm-up on random tokens: compile, find the batch that fits, let the exam refuse a broken
-    # model
+    # Warm-up on random tokens: compile, find the batch that fits, let the exam refuse a model
     while True:
         grad_accum_steps = total_batch_size // (device_batch_size * T)
         try:
