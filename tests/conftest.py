@@ -78,50 +78,41 @@ def run(*command: str, cwd: Path = ROOT, timeout: float = 300, **env: str) -> su
                           env=environment | env)
 
 
-def state_of(folder: Path) -> dict[str, object]:
-    """Every file of a contract's cache folder with its hash; without the lock and what was set aside (*.bad)."""
-    return {str(path.relative_to(folder)): json.loads(path.read_text()) if path.suffix == ".json"
-            else hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in folder.rglob("*") if path.is_file() and "lock" not in path.name and path.suffix != ".bad"}
+def state_of(folder: Path) -> dict[str, str]:
+    """Every file of a contract's cache folder with its hash; without the lock."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
 
 
-def _folder() -> Path:
-    return prepare.cache_dir() / prepare.active_contract()[0].name
-
-
-def exam_path(split: str) -> Path:
-    """The file that holds the packed rows of a split of the active contract."""
-    found = [path for kind in ("bin", "npy") for path in _folder().rglob(f"{split}.{kind}")]
-    return min(found, key=lambda path: len(path.parts))
+def folder() -> Path:
+    """Where the active contract's files are."""
+    return prepare.active_contract()[0].folder
 
 
 def exam_rows(split: str) -> np.ndarray:
     """The exam of the active contract, int64 (rows, T + 1)."""
-    path = exam_path(split)
-    if path.suffix == ".npy":
-        return np.load(path).astype(np.int64)
-    return np.fromfile(path, dtype=np.uint16).astype(np.int64).reshape(-1, prepare.MAX_SEQ_LEN + 1)
+    tokens = np.fromfile(folder() / f"{split}.bin", dtype=np.uint16).astype(np.int64)
+    return tokens.reshape(-1, prepare.MAX_SEQ_LEN + 1)
 
 
 def documents_of(name: str) -> list[list[int]]:
-    """The tokens of every document of a parquet file of the active contract, in order, as they are in its cache."""
-    if found := list(_folder().rglob(f"{name}.offsets")):
-        tokens, starts = np.fromfile(found[0].with_suffix(".tokens"), dtype=np.uint16), np.load(found[0])[:-1]
-    else:
-        found = max(_folder().rglob(f"{Path(name).stem}*.bin"), key=lambda path: len(path.parts))
-        tokens = np.fromfile(found, dtype=np.uint16)
-        starts = np.flatnonzero(tokens == prepare.Tokenizer.from_directory().get_bos_token_id())
-    return [tokens[start:stop].tolist() for start, stop in zip(starts, [*starts[1:], len(tokens)])]
+    """The tokens of every document of a parquet file of the active contract, in order."""
+    tokens = np.fromfile(folder() / "tokens" / f"{name}.bin", dtype=np.uint16)
+    bos = prepare.Tokenizer.from_directory().get_bos_token_id()
+    return [part.tolist() for part in np.split(tokens, np.flatnonzero(tokens == bos))[1:]]
+
+
+def evidence(folder: Path = Path()) -> list[dict]:
+    """The lines of runs.jsonl."""
+    file = folder / "runs.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+forget = prepare.active_contract.cache_clear  # the contract is chosen anew, as in a new process
 
 
 @pytest.fixture
-def forget():
-    """Call it to have the active contract chosen anew, as in a new process."""
-    return getattr(prepare.active_contract, "cache_clear", lambda: None)
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, forget):
+def command(monkeypatch, capsys):
     """`prepare.py ARGUMENTS` in this process: returns its exit code and all it said.
 
     Another exception than SystemExit is what a user sees as a traceback, and fails the test.
@@ -141,7 +132,7 @@ def command(monkeypatch, capsys, forget):
 
 
 @pytest.fixture(autouse=True)
-def own_state(tmp_path, monkeypatch, forget):
+def own_state(tmp_path, monkeypatch):
     """No test sees the user's cache, environment or working directory, nor what another test left in the modules."""
     for name in list(os.environ):
         if name.startswith(("AUTORESEARCH_", "HF_")):
@@ -168,7 +159,7 @@ def tiny_cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny(tiny_cache, tmp_path, monkeypatch, forget):
+def tiny(tiny_cache, tmp_path, monkeypatch):
     """A small contract with the shard layout of climbmix, active and prepared; returns its tokenizer."""
     monkeypatch.setitem(prepare.CONTRACTS, "tiny", TINY)
     monkeypatch.setenv("AUTORESEARCH_CONTRACT", "tiny")

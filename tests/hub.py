@@ -7,7 +7,7 @@ import http.server
 import threading
 
 
-class Hub:
+class Hub(http.server.ThreadingHTTPServer):
     """Serve `files` (name: bytes) at /datasets/OWNER/NAME/resolve/main/FILE of `url`, from threads.
 
     `acts[name]` holds what happens to the next GETs of that file, one act each; `always[name]` what
@@ -17,21 +17,16 @@ class Hub:
     """
 
     def __init__(self, files: dict[str, bytes], hashes: bool = True):
+        super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.hashes, self.ranges, self.cdn, self.head = dict(files), hashes, True, None, None
         self.acts, self.always, self.seen = collections.defaultdict(list), {}, []
-        self.closing = threading.Event()  # ends what stalls
-
-    def __enter__(self) -> "Hub":
-        handler = type("Handler", (Handler,), {"hub": self})
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        return self
+        self.url, self.closing = f"http://127.0.0.1:{self.server_port}", threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def __exit__(self, *error) -> None:
-        self.closing.set()
-        self.server.shutdown()
-        self.server.server_close()
+        self.closing.set()  # ends what stalls
+        self.shutdown()
+        self.server_close()
 
     def gets(self, name: str) -> list[dict[str, str]]:
         """Headers of every GET of a file."""
@@ -44,12 +39,11 @@ class Hub:
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        hub, self.name = self.hub, self.path.rsplit("/", 1)[-1]
+        hub, self.name = self.server, self.path.rsplit("/", 1)[-1]
         hub.seen.append((self.command, self.name, dict(self.headers)))
         body, acts = hub.files.get(self.name), hub.acts[self.name]
-        if self.command == "HEAD":
-            act = hub.head
-        else:
+        act = hub.head
+        if self.command == "GET":
             act = acts.pop(0) if acts else hub.always.get(self.name)
         if act or body is None:
             (act or status(404))(self, body)
@@ -62,18 +56,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def start(self) -> int:
         """Where the Range that was asked for begins."""
-        return int(self.headers.get("Range", "bytes=0-")[6:-1]) if self.hub.ranges else 0
+        return int(self.headers.get("Range", "bytes=0-")[6:-1]) if self.server.ranges else 0
 
-    def send(self, body: bytes, code: int = 200, sent: int | None = None, hashes: bool = True,
-             **headers: str) -> None:
+    def send(self, body: bytes, code: int = 200, sent=None, hashes=True, **headers: str) -> None:
         """Answer with the part of `body` that was asked for, but break off after `sent` bytes."""
         start, size = self.start(), len(body)
         if start and code == 200:
             code, body = (206, body[start:]) if start < size else (416, b"")
             headers["Content_Range"] = f"bytes {start}-{size - 1}/{size}"
         self.send_response(code)
-        if self.hub.hashes and hashes and code < 400:
-            file = self.hub.files[self.name]
+        if self.server.hashes and hashes and code < 400:
+            file = self.server.files[self.name]
             headers |= dict(X_Linked_ETag=f'"{hashlib.sha256(file).hexdigest()}"', X_Linked_Size=str(len(file)))
         for key, value in ({"Content_Length": str(len(body))} | headers).items():
             self.send_header(key.replace("_", "-"), value)
@@ -85,8 +78,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):  # the client went away
             super().handle()
 
-    def log_message(self, *arguments) -> None:
-        pass
+    def log_message(self, *_) -> None: ...
 
 
 def status(code: int, **options):
@@ -124,7 +116,7 @@ def stall(handler: Handler, body: bytes) -> None:
 
 def mute(handler: Handler, body: bytes) -> None:
     """Accept the request and never answer."""
-    handler.hub.closing.wait(20)
+    handler.server.closing.wait(20)
 
 
 def wrong_range(handler: Handler, body: bytes) -> None:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, some_texts, write_shard
+from conftest import ROOT, TINY, forget, some_texts, write_shard
 
 import prepare
 
@@ -34,7 +34,7 @@ def test_every_contract_has_an_exam_of_whole_rows():
 
 
 def test_the_environment_goes_before_the_remembered_contract_and_that_before_the_device(
-        tiny, command, monkeypatch, forget):
+        tiny, command, monkeypatch):
     monkeypatch.setattr(prepare, "PATIENCE", 0.6)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     assert command("--contract", "climbmix")[0] == 1  # remembered is what was prepared
@@ -52,7 +52,7 @@ def test_the_environment_goes_before_the_remembered_contract_and_that_before_the
 
 
 def test_the_fingerprint_changes_with_budget_tokenizer_and_exam_and_nothing_else(
-        tiny, monkeypatch, forget, tmp_path):
+        tiny, monkeypatch, tmp_path):
     first = prepare.fingerprint(TINY)
     assert first == prepare.fingerprint()
     assert first.startswith("tiny-") and len(first) == len("tiny-") + 8

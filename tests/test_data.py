@@ -28,7 +28,7 @@ import pytest
 import rustbpe
 import tiktoken.load
 import torch
-from conftest import ROOT, TINY, documents_of, exam_path, exam_rows, some_texts, state_of
+from conftest import ROOT, TINY, documents_of, exam_rows, some_texts, state_of
 from hub import Hub, status
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,15 +98,15 @@ def start():
     def start(code: str, contract: prepare.Contract = SMALL) -> subprocess.Popen:
         code = f"""import os, prepare, sys; from prepare import Contract, main, run_main
 prepare.CONTRACTS["climbmix"] = {contract!r}\n{code}"""
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, start_new_session=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        started.append(process.pid)
-        return process
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT,
+                                        start_new_session=True, **pipes))
+        return started[-1]
 
     yield start
-    for pid in started:
+    for process in started:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 SILENT = dict(ranges=False, hashes=False, head=status(405))  # no server has to declare anything
@@ -147,8 +147,7 @@ def test_a_lasting_fault_names_every_file_and_why_and_the_next_run_gets_only_wha
 
 def test_without_a_network_the_host_and_the_way_out_are_named(command, cache):
     code, output = command()
-    assert code == 1 and "127.0.0.1" in output and "refused" in output
-    assert "prepare.py --contract demo" in output
+    assert code == 1 and re.search("(?s)127.0.0.1.*refused.*prepare.py --contract demo", output)
 
 
 @pytest.mark.parametrize("after", [
@@ -166,9 +165,8 @@ def test_what_a_run_left_half_done_is_gone_on_with_or_thrown_away(after, hub, co
     assert state_of(cache) == good
 
 
-@pytest.mark.parametrize("token, netrc", [("hf_secret", False), *(
-    pytest.param(*values) for values in (
-        ("hf_secret", True), ("", True), ("hf_secret\r", False), (" hf_secret\n", False)))], ids=repr)
+@pytest.mark.parametrize("token, netrc", [
+    ("hf_secret", False), ("hf_secret", True), ("", True), (" hf_secret\r\n", False)], ids=repr)
 def test_the_mirror_gets_the_token_and_nothing_else_and_the_host_it_redirects_to_gets_nothing(
         token, netrc, hub, command, cache, good, shards, monkeypatch, tmp_path):
     """What comes from there is checked by the mirror's hash. No blank or line end is sent."""
@@ -185,7 +183,8 @@ def test_the_mirror_gets_the_token_and_nothing_else_and_the_host_it_redirects_to
     assert hub.cdn.tokens() == {None} and "Range" in hub.cdn.gets(SHARDS[0])[1]
 
 
-def test_a_complete_cache_is_left_alone_and_only_what_is_gone_is_made_again(hub, command, cache, good):
+def test_a_complete_cache_is_left_alone_and_only_what_is_gone_or_spoilt_is_made_again(
+        hub, command, cache, good):
     command()
     before = {name: (cache / name).stat().st_mtime_ns for name in good}
     hub.seen.clear()
@@ -194,35 +193,29 @@ def test_a_complete_cache_is_left_alone_and_only_what_is_gone_is_made_again(hub,
     for name in good:
         (cache / name).unlink()
         assert command()[0] == 0 and state_of(cache) == good, name
+    for path in (cache / name for name in ("val.bin", "test.bin", "tokenizer.tiktoken")):
+        path.write_bytes(acts.flipped(path.read_bytes()))
+        code, output = command()
+        assert code == 0 and state_of(cache) == good and str(path) in output
 
 
-@pytest.mark.parametrize("name", ["val", "test", "tokenizer.tiktoken"])
-def test_a_flipped_byte_of_the_exam_or_the_tokenizer_is_repaired_or_named(name, hub, command, cache, good):
-    command()
-    path = cache / name if "." in name else exam_path(name)
-    path.write_bytes(acts.flipped(path.read_bytes()))
-    code, output = command()
-    assert (code == 0 and state_of(cache) == good) or (code == 1 and path.name in output)
+STRINGS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
 
 
-@pytest.mark.parametrize("kind", [
-    pa.string(), pa.large_string(), pytest.param(pa.string_view()),
-    pytest.param(pa.dictionary(pa.int32(), pa.string())),
-], ids=str)
+@pytest.mark.parametrize("kind", STRINGS, ids=str)
 def test_shards_put_there_by_hand_are_read_without_a_network_whatever_strings_they_hold(
         kind, command, cache, shards):
     body = parquet(pa.array(some_texts(1)).cast(kind))
     put(cache, shards | {SHARDS[1]: body})
-    code, output = command()
+    assert command()[0] == 0
     assert (cache / "parquet" / SHARDS[1]).read_bytes() == body
-    assert code == 0, output
     decode = prepare.Tokenizer.from_directory().decode
     assert [decode(tokens[1:]) for tokens in documents_of(SHARDS[1])] == some_texts(1)
 
 
 @pytest.mark.parametrize("damage", [
-    pytest.param(lambda body: body[:-100]),
-    pytest.param(lambda body: body.replace(b"text", b"tale")),
+    lambda body: body[:-100],
+    lambda body: body.replace(b"text", b"tale"),
     lambda body: body[:4] + b"\xff" * 40 + body[44:],  # the footer is fine: only reading finds it
     lambda body: body.replace(b" the ", b" \xff\xfee "),
 ], ids=["truncated", "no column `text`", "a broken page", "no UTF-8"])
@@ -231,9 +224,8 @@ def test_a_bad_shard_put_there_by_hand_is_named_and_never_overwritten(
     path, body = cache / "parquet" / SHARDS[1], damage(shards[SHARDS[1]])
     put(cache, {SHARDS[1]: body})
     code, output = command()
-    kept = [file for file in path.parent.glob(f"{path.stem}*") if file.read_bytes() == body]
-    assert path.name in output and kept and (code == 1 or kept != [path])
-    path.unlink(missing_ok=True)  # where it was not set aside
+    assert code == 1 and path.name in output and path.read_bytes() == body
+    path.unlink()
     assert command()[0] == 0 and state_of(cache) == good
 
 
@@ -329,11 +321,11 @@ def test_the_byte_lengths_of_a_texts_tokens_add_up_to_its_bytes(text):
 def test_a_token_that_is_part_of_a_character_counts_its_own_bytes_and_a_reserved_one_none():
     lengths = TOKENIZER.get_token_bytes("cpu")
     assert lengths[TOKENIZER.encode("😀 th")].tolist() == [1, 1, 1, 1, 3]
-    assert lengths[TOKENIZER.get_bos_token_id() :].tolist() == [0] * 4
-    assert len(lengths) == TOKENIZER.get_vocab_size() == 262 and lengths.dtype == torch.int32
+    assert lengths[258:].tolist() == [0] * 4 and lengths.dtype == torch.int32
+    assert len(lengths) == TOKENIZER.get_vocab_size() == 262
 
 
-@pytest.mark.parametrize("blank", [" ", "\t", "\u3000"], ids=["blank", "tab", "ideographic space"])
+@pytest.mark.parametrize("blank", [" ", "\t", "\u3000"], ids=["blank", "tab", "wide"])
 def test_a_million_blanks_in_a_row_are_encoded(blank, hub, command):
     text = f"before{blank * 1_100_000}after"
     hub.files[SHARDS[1]] = parquet([text])
@@ -421,22 +413,20 @@ def test_a_split_too_short_for_the_exam_repeats_and_says_so_and_one_without_a_ro
     assert code == 1 and re.search("FAIL: .*test.*short", output)
 
 
-def test_the_demo_corpus_is_long_docstrings_once_each_split_by_module_and_no_row_comes_twice(demo):
+def test_the_demo_corpus_is_long_docstrings_once_each_split_by_module_and_written_alike_again(
+        demo, command, tmp_path, monkeypatch):
     texts = [pq.read_table(demo / "demo" / "parquet" / f"{split}.parquet")["text"].to_pylist()
              for split in ("train", "val", "test")]
     everything = sum(texts, [])
     assert len(set(everything)) == len(everything) and min(map(len, everything)) >= 200
     train, val, test = (sum(len(text.encode()) for text in split) for split in texts)
-    assert 10e6 < train + val + test < 16e6 and 0.07 < val / train < 0.25 and 0.07 < test / train < 0.25
+    assert 10e6 < train + val + test < 16e6
+    assert 0.07 < val / train < 0.25 and 0.07 < test / train < 0.25
     known = (torch.nn.Linear, torch.utils.data.DataLoader, np.linalg.qr, np.ma)
     assert {inspect.getdoc(one).strip() for one in known} <= {text.strip() for text in everything}
-    rows = exam_rows("val")
+    rows = exam_rows("val")  # no row comes twice
     assert rows.shape == (2**17 // 256, 257) and len(np.unique(rows, axis=0)) == len(rows)
-
-
-def test_the_docstring_corpus_is_the_same_when_it_is_written_again(demo, command, tmp_path, monkeypatch):
     shutil.copytree(demo, tmp_path / "copy")
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "copy"))
     (tmp_path / "copy" / "demo" / "parquet" / "train.parquet").unlink()
-    assert command()[0] == 0
-    assert state_of(tmp_path / "copy" / "demo") == state_of(demo / "demo")
+    assert command()[0] == 0 and state_of(tmp_path / "copy" / "demo") == state_of(demo / "demo")
