@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,11 @@ def run(*command: str, cwd: Path = ROOT, timeout: float = 300, **env: str) -> su
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "SEED"))}
     return subprocess.run([sys.executable, *command], cwd=cwd, timeout=timeout, capture_output=True, text=True,
                           env=environment | env)
+
+
+def smaller(train_py: str) -> str:
+    """The text of train.py with a model that costs little on a CPU."""
+    return re.sub(r"(?m)^(DEPTH|BIGRAM_ROWS) = .*", r"\1 = 1", train_py)
 
 
 def state_of(folder: Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
-"""README.md and program.md: every command in them runs in a scratch clone, and what they say of the code is so.
+"""README.md and program.md: every command runs in a scratch clone, what they say of the code is so.
 
-The clone is a git repository of its own with the files of the working tree, the demo contract and a budget of a second.
+The clone is a git repository of its own with the files of the working tree, but a smaller model, the
+demo contract and a budget of a second.
 """
 
 import json
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, evidence, smaller
 
 import prepare
 import train
@@ -79,12 +80,14 @@ def environment(cache: Path, **more: str) -> dict[str, str]:
 
 
 def scratch_clone(folder: Path) -> Path:
-    """A git repository of one commit that holds what a clone of this one would."""
+    """A git repository of one commit that holds what a clone of this one would, with a smaller model."""
+    folder.mkdir()
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     for name in listed.stdout.splitlines():
         if (ROOT / name).is_file():  # listed, and not deleted since
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
+    (folder / "train.py").write_text(smaller((folder / "train.py").read_text()))
     shell("git init -q && git add -A && git commit -q -m clone", folder, environment(folder))
     return folder
 
@@ -105,7 +108,6 @@ def table(text: str, first_cell: str) -> dict[str, list[str]]:
 @pytest.fixture
 def clone(tmp_path, demo_cache):
     """(folder, env) of a scratch clone with the demo contract prepared."""
-    (tmp_path / "clone").mkdir()
     return scratch_clone(tmp_path / "clone"), environment(demo_cache)
 
 
@@ -116,11 +118,19 @@ def clone(tmp_path, demo_cache):
 COMMANDS = [line for block in blocks(README) for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in NETWORK and not c.startswith(tuple(ELSEWHERE))])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c not in NETWORK and not c.startswith(tuple(ELSEWHERE))])
 def test_the_command_of_the_readme(command, clone):
-    output = shell(command, *clone)
+    """The one that trains does it with the README's lines that keep a model and sample from it."""
+    folder, env = clone
+    (lines,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    before, after = (folder / "train.py").read_text().split("    loader.close()\n")
+    (folder / "train.py").write_text(f"{before}{lines}    loader.close()\n{after}")
+    output = shell(command, folder, env)
     if "train.py" in command:
         assert re.search(r"^---\ntest_bpb: +\d\.\d{6}$", output, re.MULTILINE) and "val_bpb" not in output
+        assert len(output.split("and the probes\n")[1].split("\n---\n")[0]) > 100
+        assert (folder / "model.pt").stat().st_size > 10**5
     elif "bench_step" in command:
         assert re.search(r"^train\.py / HEAD: \d\.\d{3} \(", output, re.MULTILINE)
     else:
@@ -147,28 +157,14 @@ def test_the_command_of_the_readme_runs_elsewhere(beginning):
     assert readme_command(beginning) and how in (ROOT / file).read_text()
 
 
-def test_the_lines_of_the_readme_that_keep_a_model_and_sample_from_it_do_so(clone):
-    folder, env = clone
-    (lines,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    train_py = folder / "train.py"
-    before, after = train_py.read_text().split("    loader.close()\n")
-    train_py.write_text(f"{before}{lines}    loader.close()\n{after}")
-    output = shell("uv run train.py", folder, env)
-    assert (folder / "model.pt").stat().st_size > 10**6 and "val_bpb:" in output
-    assert len(output.split("and the probes\n")[1].split("\n---\n")[0]) > 100
-
-
-def test_the_contracts_in_the_readme_are_those_of_the_code():
+def test_the_contracts_and_sizes_in_the_readme_are_those_of_the_code():
     rows = table(README, "| | `climbmix`")
     assert rows[""] == list(prepare.CONTRACTS)
     for column, contract in enumerate(prepare.CONTRACTS.values()):
-        assert rows["data"][column] == contract.dataset
-        assert rows["context, vocabulary (tokens)"][column] == f"{contract.max_seq_len}, {contract.vocab_size}"
-        assert rows["training, seconds"][column] == str(contract.time_budget)
-        assert rows["targets scored"][column] == f"{contract.eval_tokens:,}"
-
-
-def test_the_sizes_in_the_readme_are_the_defaults_of_the_code():
+        sizes = f"{contract.max_seq_len}, {contract.vocab_size}"
+        expected = [contract.dataset, sizes, str(contract.time_budget), f"{contract.eval_tokens:,}"]
+        names = "data", "context, vocabulary (tokens)", "training, seconds", "targets scored"
+        assert [rows[name][column] for name in names] == expected
     rows = table(README, "| device | contract")
     for row, kind in (("H200", "cuda"), ("2 CPU cores", "cpu")):
         exponent = train.TOTAL_BATCH_SIZE[kind].bit_length() - 1
@@ -194,11 +190,6 @@ def test_constants_variables_and_files_named_in_prose_exist(text):
 # program.md
 
 
-def test_program_md_fits_on_a_page_and_a_half():
-    assert len(PROGRAM.splitlines()) <= 130
-    assert max(map(len, PROGRAM.splitlines())) <= 120
-
-
 def example() -> dict[str, str]:
     """The summary that program.md shows, by names."""
     (shown,) = re.findall(r"^```\n(---\n.*?)^```$", PROGRAM, re.MULTILINE | re.DOTALL)
@@ -207,15 +198,17 @@ def example() -> dict[str, str]:
     return results
 
 
-def test_the_example_of_the_summary_is_what_the_code_prints():
+def test_program_md_fits_on_a_page_and_a_half_and_shows_the_summary_as_the_code_prints_it():
+    assert len(PROGRAM.splitlines()) <= 130 and max(map(len, PROGRAM.splitlines())) <= 120
     assert list(example())[:2] == ["val_bpb", "training_seconds"]
 
 
-def test_a_session_by_the_book_baseline_discard_crash_keep(clone):
-    """Every block of program.md, in the order in which an agent meets them; one real run, and results made up."""
+def test_a_session_by_the_book_baseline_discard_crash_keep(clone, monkeypatch):
+    """Every block of program.md, in the order in which an agent meets them; one real run, others made up."""
     folder, env = clone
-    train_py, results = folder / "train.py", folder / "results.tsv"
-    used = set()
+    train_py, results, used = folder / "train.py", folder / "results.tsv", set()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(prepare, "HERE", folder)
 
     def do(part: str, variables: str = "") -> str:
         """Run a block, with other values in the line of variables with which it begins."""
@@ -240,11 +233,11 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(clone):
         results = example() | {"val_bpb": bpb, "seed": seed, "peak_vram_mb": "2048.0"}
         (folder / "run.log").write_text(train.summary(results) + "\nexit 0\n")
         facts = {"commit": shell("git rev-parse HEAD", folder, env).strip(), "seed": seed, "bpb": float(bpb)}
-        with open(folder / "runs.jsonl", "a") as evidence:
-            evidence.write(json.dumps(first | facts) + "\n")
+        with open(folder / "runs.jsonl", "a") as file:
+            file.write(json.dumps(first | facts) + "\n")
 
     def verdict() -> str:
-        return do("--verdict").rpartition("verdict: ")[2]
+        return prepare.verdict().rpartition("verdict: ")[2]
 
     # Setup, on the day's second branch; a commit that cannot be made is found before the night
     shell("git branch autoresearch/$(date +%Y-%m-%d)", folder, env)
@@ -268,11 +261,12 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(clone):
     assert (kept, commit, bpb, status, text) == ("kept", baseline, printed["val_bpb"], "keep", "baseline")
     assert re.fullmatch(r"\d+\.\d", memory)
     assert f"val_bpb:          {bpb}" in (folder / "logs" / f"{baseline}.log").read_text()
-    first = json.loads((folder / "runs.jsonl").read_text())
+    (first,) = evidence(folder)
     for seed, more in ((43, 0.2), (42, 0.1), (43, 0.2)):
         pretend(f"{float(bpb) + more:.6f}", seed)
         do("printf '%s\\t", "status=keep text=baseline")
-    assert verdict().startswith("this is the best") and "noise: 0.150000" in (folder / "run.log").read_text()
+    assert f"verdict: {verdict()}" in do("--verdict") and verdict().startswith("this is the best")
+    assert "noise: 0.150000" in (folder / "run.log").read_text()
     do("tried/$(git")  # restoring a kept commit changes nothing
     assert head() == baseline and not shell("git tag", folder, env)
 
@@ -339,7 +333,7 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(clone):
     shell(inline("git merge").replace("HASH", smaller), folder, env)
     assert head() == smaller and train_py.read_text() == original + "# better\n# smaller\n"
     pretend("0.500000", 43)
-    assert verdict() == "keep\n"
+    assert verdict() == "keep"
     do("printf '%s\\t", "status=keep text=smaller")
 
     # The machine had been slower: an amended attempt begins without scores, a new baseline is a commit of its own

@@ -3,7 +3,6 @@
 import copy
 import gc
 import hashlib
-import json
 import re
 import shutil
 import signal
@@ -14,7 +13,7 @@ import types
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, TINY, run
+from conftest import ROOT, TINY, evidence, forget, run, smaller
 
 import prepare
 import train
@@ -107,10 +106,9 @@ def test_a_run_says_what_it_does_prints_the_summary_and_leaves_one_line_of_evide
     first, last = step_lines(output)
     assert first.startswith("step 00001 (25.0%)") and last.startswith("step 00004 (100.0%)")
     assert last.endswith("remaining: 0s") and f"loss: {steps[-1][0]:.6f}" in last
-    (evidence,) = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
-    assert f"{evidence['bpb']:.6f}" == summary["val_bpb"]
-    assert (evidence["contract"], evidence["seed"]) == (summary["contract"], 42)
-    assert (evidence["split"], evidence["tokens"]) == ("val", 4 * 512)
+    (line,) = evidence()
+    assert f"{line['bpb']:.6f}" == summary["val_bpb"] and line["contract"] == summary["contract"]
+    assert (line["seed"], line["split"], line["tokens"]) == (42, "val", 4 * 512)
 
 
 @pytest.mark.parametrize("name, known", [
@@ -251,7 +249,7 @@ def test_one_row_that_does_not_fit_and_any_other_error_end_the_run(rows, words, 
 def test_the_budget_ends_with_the_step_in_which_it_runs_out(seconds, expected, small, monkeypatch, capsys):
     """Budget 2 s, fake clock: the last step begins in time, and overshoots by less than its duration."""
     monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "2")
-    prepare.active_contract.cache_clear()
+    forget()
     progress, real = [], train.set_schedules
     monkeypatch.setattr(train, "set_schedules", lambda *given: (progress.append(given[2]), real(*given)))
     seen = watch_steps(monkeypatch, small, seconds=seconds)
@@ -346,7 +344,7 @@ def test_a_log_stays_under_20_kb_however_many_steps_a_run_has(small, monkeypatch
     for name, value in {"train_step": step, "DEVICE_BATCH_SIZE": 1, "TOTAL_BATCH_SIZE": 32}.items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "36000")
-    prepare.active_contract.cache_clear()
+    forget()
     train.main()
     output = capsys.readouterr().out
     assert len(output) < 20_000 and "\r" not in output
@@ -365,14 +363,14 @@ def test_a_log_line_has_the_form_of_the_specification():
 
 @pytest.fixture
 def clone(tmp_path):
-    """A git repository with train.py and prepare.py, and a smaller, quicker try2.py that is not committed."""
+    """A git repository with train.py and prepare.py, and a smaller try2.py that is not committed."""
     folder, git = tmp_path / "clone", ["git", "-c", "user.name=n", "-c", "user.email=e@x"]
     folder.mkdir()
     for name in ("train.py", "prepare.py"):
         shutil.copy(ROOT / name, folder)
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "both", "--no-gpg-sign"]):
         subprocess.run([*git, *command], cwd=folder, check=True)
-    (folder / "try2.py").write_text(re.sub(r"(?m)^DEPTH = .*", "DEPTH = 1", (folder / "train.py").read_text()))
+    (folder / "try2.py").write_text(smaller((folder / "train.py").read_text()))
     return folder
 
 
@@ -390,13 +388,13 @@ def test_one_command_from_any_folder_trains_and_leaves_evidence(script, seconds,
     summary = summary_of(done.stdout)
     assert 2 < float(summary["val_bpb"]) < 8 and float(summary["training_seconds"]) >= seconds
     assert summary["depth"] == str(train.DEPTH["cpu"] if script == "train.py" else 1)
-    (evidence,) = map(json.loads, (clone / "runs.jsonl").read_text().splitlines())
-    assert f"{evidence['bpb']:.6f}" == summary["val_bpb"]
-    assert evidence["contract"] == summary["contract"] and evidence["device"] == summary["device"]
-    assert (evidence["script"], evidence["dirty"]) == (script, script == "try2.py") and evidence["commit"]
-    assert evidence["train_sha256"] == hashlib.sha256((clone / script).read_bytes()).hexdigest()
-    assert evidence["tokens"] == int(summary["num_steps"]) * train.TOTAL_BATCH_SIZE["cpu"]
-    assert float(summary["training_seconds"]) <= evidence["seconds"] <= float(summary["total_seconds"]) + 1
+    (line,) = evidence(clone)
+    assert f"{line['bpb']:.6f}" == summary["val_bpb"]
+    assert line["contract"] == summary["contract"] and line["device"] == summary["device"]
+    assert (line["script"], line["dirty"]) == (script, script == "try2.py") and line["commit"]
+    assert line["train_sha256"] == hashlib.sha256((clone / script).read_bytes()).hexdigest()
+    assert line["tokens"] == int(summary["num_steps"]) * train.TOTAL_BATCH_SIZE["cpu"]
+    assert float(summary["training_seconds"]) <= line["seconds"] <= float(summary["total_seconds"]) + 1
 
 
 # A smaller model, interrupted after 20 steps. Learning rates follow the clock: this one ticks by itself

@@ -1,6 +1,5 @@
 """Outgrowing one GPU: the README's recipes for worktrees and for Ray, run for real on CPU with the demo contract."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -8,18 +7,14 @@ import sys
 import tempfile
 
 import pytest
+from conftest import evidence
 from test_docs import HEADER, README, block, environment, readme_command, scratch_clone, shell
 
 RAY = "ray[default]==2.60.0"
 
 
-def evidence(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.worktree
 def test_two_worktrees_experiment_at_once_and_share_nothing_but_the_cache_and_the_history(tmp_path, demo_cache):
-    (tmp_path / "first").mkdir()
     first, second = scratch_clone(tmp_path / "first"), tmp_path / "autoresearch-1"
     env = environment(demo_cache, OMP_NUM_THREADS="1")
     shell(readme_command("git worktree add"), first, env)
@@ -68,7 +63,6 @@ def test_ray_runs_the_same_command_and_shows_the_same_log(tmp_path, demo_cache):
     """In a network namespace of its own that has only a loopback: Ray's ports listen on every address that there is."""
     if not shutil.which("unshare") or subprocess.run(["unshare", "-Urnpf", "--mount-proc", "true"]).returncode:
         pytest.skip("needs Linux and the right to make a namespace, so that Ray stays on loopback")
-    (tmp_path / "clone").mkdir()
     folder = scratch_clone(tmp_path / "clone")
     submit = readme_command('uvx --from "ray[default]" ray job submit').replace("ray[default]", RAY)
     assert "--entrypoint-num-gpus 1" in submit  # without a GPU that would wait for ever
