@@ -14,7 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is there: waiting threads sleep
+
+import numpy as np  # noqa: I001
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,7 +25,9 @@ import torch
 import prepare
 import train
 
+torch.set_num_threads(1)  # tensors as small as the tests' only wait for one another
 ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 TINY = dataclasses.replace(
     prepare.CONTRACTS["climbmix"],
     name="tiny",

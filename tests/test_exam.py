@@ -29,12 +29,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, TINY, evidence, exam_rows, folder, forget, write_shard
+from conftest import CPU, ROOT, TINY, evidence, exam_rows, folder, forget, write_shard
 
 import prepare
 import train
 
-CPU = torch.device("cpu")
 SEED = random.randrange(10**6)  # of what is drawn here, printed with every failure
 
 
@@ -129,13 +128,8 @@ def val_rows():
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for more."""
+def plain_attention():
     train.choose_attention(CPU, "sdpa")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def refused(model, tokenizer, match, batch_size=16):

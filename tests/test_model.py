@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CPU
 
 import prepare
 import train
 
 CONFIG = train.GPTConfig(vocab_size=50, seq_len=24, n_layer=4, n_head=2, n_kv_head=2, n_embd=64,
                          windows=(5, 24, 24, 5))  # each window with a value embedding and without
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)

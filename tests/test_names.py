@@ -1,12 +1,8 @@
 """The names of the published design: a train.py written against them alone runs here and is scored."""
 
 import hashlib
-import json
-import os
-import subprocess
-import sys
 
-from conftest import ROOT
+from conftest import ROOT, evidence, run
 
 # Its own model, optimizer and loop, at module level without a guard, as such files are
 SCRIPT = """
@@ -64,11 +60,10 @@ print(f"val_bpb:          {evaluate_bpb(model, tokenizer, DEVICE_BATCH_SIZE):.6f
 
 def test_a_train_py_of_the_published_design_runs_and_is_scored(demo, tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "AUTORESEARCH_TIME_BUDGET": "2", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=env, capture_output=True, text=True,
-                          timeout=200)
+    done = run("train.py", cwd=tmp_path, PYTHONPATH=str(ROOT), AUTORESEARCH_TIME_BUDGET="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     bpb = float(done.stdout.split("val_bpb:")[1])
-    (line,) = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    (line,) = evidence()
     assert abs(line["bpb"] - bpb) < 1e-6 and 1 < bpb < 5 and line["split"] == "val"
-    assert line["script"] == "train.py" and line["train_sha256"] == hashlib.sha256(SCRIPT.encode()).hexdigest()
+    assert line["script"] == "train.py"
+    assert line["train_sha256"] == hashlib.sha256(SCRIPT.encode()).hexdigest()

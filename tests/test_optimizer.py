@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import CPU
 
 import prepare
 import train
 
 CONFIG = train.GPTConfig(vocab_size=50, seq_len=16, n_layer=4, n_head=2, n_kv_head=2, n_embd=64,
                          windows=(16,) * 4, bigram_rows=100)
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
