@@ -10,16 +10,15 @@ from conftest import ROOT, TINY, forget, some_texts, write_shard
 import prepare
 
 
-@pytest.mark.parametrize("module", ["prepare", "train"])
-def test_importing_a_module_prints_nothing_and_opens_no_file_of_ours(module, tmp_path):
-    code = f"""
+def test_importing_both_modules_prints_nothing_and_opens_no_file_of_ours(tmp_path):
+    code = """
 import sys
 def hook(event, arguments):
-    if event == "open" and "AUTORESEARCH" in str(arguments[0]): raise SystemExit(f"opened {{arguments[0]}}")
+    if event == "open" and "AUTORESEARCH" in str(arguments[0]): raise SystemExit(f"opened {arguments[0]}")
     if event in ("socket.connect", "subprocess.Popen"): raise SystemExit(event)
 import torch, pyarrow.parquet, requests, tiktoken, rustbpe, filelock, tqdm
 sys.addaudithook(hook)
-import {module}, torch
+import prepare, train
 assert not torch.cuda.is_initialized()
 """
     env = {"PATH": "", "HOME": str(tmp_path), "AUTORESEARCH_CACHE": str(tmp_path / "AUTORESEARCH")}

@@ -67,21 +67,6 @@ def test_rows_are_those_of_the_naive_packing(stream, buffer_size):
     assert all(row[0] == BOS for row in rows)
 
 
-@settings(max_examples=40, deadline=None)
-@given(streams())
-def test_every_document_is_used_once_and_only_the_last_of_a_row_is_cropped(stream):
-    length, lengths = stream
-    seen = []
-    for row in prepare.pack_rows(made_up(lengths), length):
-        starts = np.flatnonzero(row == BOS)
-        for start, stop in zip(starts, [*starts[1:], length]):
-            if stop - start > 1:
-                seen.append(row[start + 1])
-                assert (row[start + 1 : stop] == row[start + 1]).all()
-                assert stop - start == lengths[row[start + 1]] or stop == length
-    assert len(seen) == len(set(seen))
-
-
 def encoded(tokenizer, *shards: int) -> list[list[int]]:
     """The documents of these shards of `tiny`, from the texts themselves."""
     bos, texts = tokenizer.get_bos_token_id(), itertools.chain(*map(some_texts, shards))
@@ -105,9 +90,9 @@ def drawn(loader, count: int) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
 
 
 @pytest.mark.parametrize("B", [1, 3, 16, 128])
-@pytest.mark.parametrize("buffer_size", [1000, 50])
+@pytest.mark.parametrize("buffer_size", [1000, 50, 1])
 def test_batches_and_epochs_are_the_oracles_for_every_batch_size(tiny, B, buffer_size):
-    """The split holds 600 documents: fewer than the larger buffer, and read several times over."""
+    """The split holds 600 documents: fewer than the largest buffer, and read several times over."""
     T, count = 256, 384 // B
     batches = drawn(prepare.make_dataloader(tiny, B, T, "train", buffer_size, device="cpu"), count)
     expected = oracle(tiny, B, T, count, buffer_size)
@@ -116,13 +101,6 @@ def test_batches_and_epochs_are_the_oracles_for_every_batch_size(tiny, B, buffer
         assert torch.equal(x, rows[:, :-1]) and torch.equal(y, rows[:, 1:])
         assert epoch == pass_
     assert batches[-1][2] >= 2
-
-
-def test_the_epoch_counts_passes_begun_and_starts_at_1(tiny):
-    batches = drawn(prepare.make_dataloader(tiny, 4, 64, "train", buffer_size=1, device="cpu"), 300)
-    epochs = [epoch for _, _, epoch in batches]
-    assert epochs[0] == 1 and epochs == sorted(epochs) and set(epochs) == set(range(1, epochs[-1] + 1))
-    assert epochs == [epoch for _, epoch in oracle(tiny, 4, 64, 300, buffer_size=1)]
 
 
 def digest(batches) -> str:

@@ -85,15 +85,6 @@ def test_sdpa_agrees_with_an_explicit_mask_and_sees_its_window_and_nothing_else(
         assert_visible_keys(train.attention_sdpa, T, 16, window)
 
 
-def gpu_backend(name):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    chosen, reason = train.choose_attention(torch.device("cuda"), name)
-    if chosen != name:
-        pytest.skip(reason)
-    return train.attention
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("Hkv", [4, 2])
 @pytest.mark.parametrize("T", [65, 193, 1000])  # less than, more than, many blocks of a kernel
@@ -113,49 +104,28 @@ def test_gpu_backends_agree_with_an_explicit_mask_and_see_their_window(name, T, 
             assert_visible_keys(train.attention, T, D, window, "cuda", torch.bfloat16)
 
 
-def test_rope_turns_each_pair_of_the_first_half_by_its_own_angle_and_the_others_not():
-    """Oracle: multiplication by exp(-i t base**(-4 d / D)) of x[d] + i x[d + D/2], d below D/4."""
-    x = torch.randn(2, 9, 3, 8)
-    angles = torch.arange(9)[:, None] * torch.tensor([1, 100.0**-0.5, 0, 0])
-    turn = torch.polar(torch.ones(()), -angles)[None, :, None, :]
-    turned = torch.complex(x[..., :4], x[..., 4:]) * turn
-    seen = train.apply_rotary_emb(x, *train.precompute_rotary(9, 8, 100))
-    torch.testing.assert_close(seen, torch.cat([turned.real, turned.imag], -1))
-
-
 @pytest.mark.parametrize("pattern, n_layer, short, expected", [
     ("L", 3, 16, (64, 64, 64)), ("S", 3, 16, (16, 16, 64)), ("SSL", 5, 16, (16, 16, 64, 16, 64)),
     ("SL", 1, 16, (64,)), ("SL", 3, 256, (64, 64, 64)),
 ])
-def test_the_window_pattern_is_tiled_and_the_last_layer_sees_all(pattern, n_layer, short, expected):
+def test_the_window_pattern_is_tiled_the_last_layer_sees_all_and_other_letters_are_named(
+        pattern, n_layer, short, expected):
     assert train.window_sizes(pattern, n_layer, short, 64) == expected
+    for wrong in ("", pattern + "X", pattern.lower(), f" {pattern}"):
+        with pytest.raises(prepare.Failure, match=f"^WINDOW_PATTERN is {wrong!r}; it takes S and"):
+            train.window_sizes(wrong, n_layer, short, 64)
 
 
-def test_a_window_pattern_of_other_letters_is_named():
-    for pattern in ("", "SSX", "sl", "S L"):
-        with pytest.raises(prepare.Failure, match=f"^WINDOW_PATTERN is {pattern!r}; it takes S and"):
-            train.window_sizes(pattern, 4, 16, 64)
-
-
-def test_the_width_is_depth_times_aspect_ratio_rounded_up_to_whole_heads():
+def test_width_kv_heads_and_value_embeddings_follow_from_the_knobs(monkeypatch):
     sizes = ((8, 64, 128), (9, 71, 128), (1, 1, 64), (3, 64, 64))
-    assert [train.model_width(*size) for size in sizes] == [512, 640, 64, 192]
-
-
-def test_kv_heads_follow_their_knob(monkeypatch):
+    assert [train.model_width(*size) for size in sizes] == [512, 640, 64, 192]  # whole heads
+    alternate = [[0], [1], [0, 2, 4], [1, 3, 5]]
+    assert [[i for i in range(n) if train.has_ve(i, n)] for n in (1, 2, 5, 6)] == alternate
     for name, value in {"DEPTH": 3, "ASPECT_RATIO": 128, "HEAD_DIM": 64}.items():  # six heads
         monkeypatch.setattr(train, name, value)
     for heads_per_kv_head, n_kv_head in ((1, 6), (2, 3), (6, 1)):
         monkeypatch.setattr(train, "HEADS_PER_KV_HEAD", heads_per_kv_head)
         assert train.sizes("cpu", 32, 50)[0].n_kv_head == n_kv_head
-    monkeypatch.setattr(train, "HEADS_PER_KV_HEAD", 4)
-    with pytest.raises(prepare.Failure, match="^HEADS_PER_KV_HEAD is 4; give a divisor of the 6"):
-        train.sizes("cpu", 32, 50)
-
-
-def test_value_embeddings_alternate_and_the_last_layer_has_one():
-    assert [[i for i in range(n) if train.has_ve(i, n)] for n in (1, 2, 5, 6)] == [
-        [0], [1], [0, 2, 4], [1, 3, 5]]
 
 
 def built(config=CONFIG, seed=0, **changes):
@@ -171,20 +141,6 @@ def built(config=CONFIG, seed=0, **changes):
 
 def some_tokens(B=3, T=24, seed=0):
     return torch.randint(CONFIG.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
-def test_the_value_residual_is_gated_per_kv_head_and_its_gate_starts_at_1():
-    attn = train.CausalSelfAttention(CONFIG, layer=3)
-    x, ve = torch.randn(2, 7, 64), torch.randn(2, 7, 64)
-    tables, plain = train.precompute_rotary(7, 32, 10_000), attn.c_v(x)
-    with torch.no_grad():
-        attn.ve_gate.weight.zero_()  # as init_weights leaves it
-    torch.testing.assert_close(attn.qkv(x, ve, *tables)[2].flatten(2), plain + ve)
-    torch.testing.assert_close(attn.qkv(x, None, *tables)[2].flatten(2), plain)
-    torch.nn.init.normal_(attn.ve_gate.weight)
-    gate = 2 / (1 + torch.exp(-(x[..., : train.GATE_CHANNELS] @ attn.ve_gate.weight.T)))
-    expected = plain + gate.repeat_interleave(32, dim=-1) * ve  # (B, T, Hkv) -> (B, T, Hkv * D)
-    torch.testing.assert_close(attn.qkv(x, ve, *tables)[2].flatten(2), expected)
 
 
 def by_hand(model, idx):
@@ -252,14 +208,9 @@ def test_a_compiled_model_is_the_plain_one_and_more_layers_compile_no_more(compi
         model.train()(idx, idx)
         assert compilations.frame_count == compiled[-1]  # neither a second batch nor more training
     assert compiled[0] == compiled[1] > 0
-
-
-def test_a_copy_of_a_compiled_model_has_weights_of_its_own(compilations):
-    train.compile_parts()
-    model = built()
-    average = copy.deepcopy(model)
+    average = copy.deepcopy(model)  # has weights of its own
     torch.nn.init.zeros_(average.lm_head.weight)
-    assert model(some_tokens()).any() and not average(some_tokens()).any()
+    assert model(idx).any() and not average(idx).any()
 
 
 @pytest.mark.parametrize("bigram_rows, n_kv_head", [(0, 2), (1000, 2), (1000, 1)])

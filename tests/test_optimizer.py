@@ -180,7 +180,7 @@ def test_the_groups_cover_exactly_the_parameters(n_layer, bigram_rows):
     assert tables["lr"] == pytest.approx(train.EMBEDDING_LR["cpu"] * (64 / 768) ** -0.5)
 
 
-def test_a_parameter_in_no_group_or_in_two_is_an_error_that_names_it():
+def test_a_parameter_in_no_group_or_in_two_and_an_unknown_kind_are_errors_that_name_it():
     left_out, doubled, tied = (train.GPT(CONFIG) for _ in range(3))
     left_out.extra = torch.nn.Linear(3, 3, bias=False)
     doubled.h[0].table = doubled.value_embeds[1]
@@ -188,9 +188,6 @@ def test_a_parameter_in_no_group_or_in_two_is_an_error_that_names_it():
     for model, name in (left_out, "extra"), (doubled, r"value_embeds\.1"), (tied, "wte"):
         with pytest.raises(prepare.Failure, match=rf"must hold each of {name}\.weight once"):
             train.parameter_groups(model)
-
-
-def test_a_group_of_unknown_kind_is_an_error_that_names_it():
     with pytest.raises(prepare.Failure, match="kind {'sgd'}; .* muon and adamw"):
         train.MuonAdamW([{"params": [torch.zeros(2, 2)], "kind": "sgd"}])
 
@@ -229,39 +226,36 @@ def test_changing_scalars_compile_nothing_anew_and_few_numbers_nothing(compilati
         assert compilations.frame_count == len(large) < len(sizes)
 
 
-def muon_options(step, progress=0.0):
-    """Momentum and weight decay of Muon's groups."""
-    optimizer = torch.optim.SGD([{"params": [], "kind": "muon", "initial_lr": 1}], lr=1)
+def scheduled(step, progress):
+    """Groups of the model's optimizer, after set_schedules."""
+    optimizer = train.MuonAdamW(train.parameter_groups(train.GPT(CONFIG)))
     train.set_schedules(optimizer, step, progress)
-    return optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["weight_decay"]
+    return optimizer.param_groups
 
 
-def test_schedules_have_their_stated_values_at_both_ends():
-    assert train.lr_multiplier(0.0) == 1.0
-    assert train.lr_multiplier(1 - train.WARMDOWN_RATIO) == pytest.approx(1.0)
-    assert train.lr_multiplier(1.0) == train.lr_multiplier(1.7) == train.FINAL_LR_FRAC
-    middle = train.lr_multiplier(1 - train.WARMDOWN_RATIO / 2)
-    assert middle == pytest.approx((1 + train.FINAL_LR_FRAC) / 2)
-    values = [train.lr_multiplier(i / 1000) for i in range(1001)]
+def of_muon(name, *times):
+    return [next(group[name] for group in scheduled(*time) if group["kind"] == "muon") for time in times]
+
+
+def test_schedules_have_their_stated_values_at_both_ends_and_reach_every_group():
+    lr, ramp, (first, last) = train.lr_multiplier, train.MUON_RAMP, train.MUON_MOMENTUM
+    assert lr(0.0) == 1.0 and lr(1 - train.WARMDOWN_RATIO) == pytest.approx(1.0)
+    assert lr(1.0) == lr(1.7) == train.FINAL_LR_FRAC
+    assert lr(1 - train.WARMDOWN_RATIO / 2) == pytest.approx((1 + train.FINAL_LR_FRAC) / 2)
+    values = [lr(i / 1000) for i in range(1001)]
     steepest = (1 - train.FINAL_LR_FRAC) / train.WARMDOWN_RATIO / 1000
     assert all(0 <= a - b <= steepest * 1.001 for a, b in zip(values, values[1:]))  # no jump
-    first, last = train.MUON_MOMENTUM
-    seen = [muon_options(n)[0] for n in (0, train.MUON_RAMP // 2, train.MUON_RAMP, 10**6)]
+    seen = of_muon("momentum", (0, 0), (ramp // 2, 0), (ramp, 0), (10**6, 0))
     assert seen == pytest.approx([first, (first + last) / 2, last, last])
-    seen = [muon_options(0, progress)[1] for progress in (0, 0.5, 1, 1.1)]
+    seen = of_muon("weight_decay", (0, 0), (0, 0.5), (0, 1), (0, 1.1))
     assert seen == pytest.approx([share * train.MUON_WEIGHT_DECAY for share in (1, 0.5, 0, 0)])
+    for group in scheduled(ramp, 1.0):
+        assert group["lr"] == pytest.approx(group["initial_lr"] * train.FINAL_LR_FRAC)
+        assert group["kind"] == "adamw" or group["weight_decay"] == 0
 
 
 def test_schedules_without_a_warmdown_or_a_ramp_are_constant(monkeypatch):
     monkeypatch.setattr(train, "WARMDOWN_RATIO", 0.0)
     monkeypatch.setattr(train, "MUON_RAMP", 0)
     assert [train.lr_multiplier(progress) for progress in (0.0, 0.5, 0.999)] == [1.0, 1.0, 1.0]
-    assert muon_options(1)[0] == train.MUON_MOMENTUM[1]
-
-
-def test_set_schedules_reaches_every_group():
-    optimizer = train.MuonAdamW(train.parameter_groups(train.GPT(CONFIG)))
-    train.set_schedules(optimizer, train.MUON_RAMP, 1.0)
-    for group in optimizer.param_groups:
-        assert group["lr"] == pytest.approx(group["initial_lr"] * train.FINAL_LR_FRAC)
-        assert group["kind"] == "adamw" or group["weight_decay"] == 0
+    assert of_muon("momentum", (1, 0)) == [train.MUON_MOMENTUM[1]]
