@@ -66,11 +66,6 @@ def scanned_rows(documents):
         yield row
 
 
-def tokenized(tokenizer, texts):
-    for text in itertools.cycle(texts):
-        yield [tokenizer.get_bos_token_id(), *tokenizer.encode(text)]
-
-
 def seconds(job, *arguments) -> float:
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -108,16 +103,14 @@ def main() -> None:
             everywhere.append(size / (seconds(prepare.prepare, CONTRACT) - again[-1]))
             encoded = map(tokenizer.encoding.encode_ordinary, texts)
             alone.append(size / seconds(collections.deque, encoded, 0))
-    on_the_fly = tokenized(tokenizer, texts)
+    bos = tokenizer.get_bos_token_id()
+    on_the_fly = (tokenizer.encode(text, prepend=bos) for text in itertools.cycle(texts))
     documents = [np.array(next(on_the_fly), dtype=np.uint16) for _ in texts]
     packed = prepare.pack_rows(itertools.cycle(documents), LENGTH, BUFFER)
-    scanned = scanned_rows(itertools.cycle(documents))
+    scanned, flying = scanned_rows(itertools.cycle(documents)), scanned_rows(on_the_fly)
     assert all(np.array_equal(next(packed), next(scanned)) for _ in range(1000))
-    pack, scan, fly = [], [], []
-    for _ in range(REPEATS):
-        pack.append(rate(packed, 5000))
-        scan.append(rate(scanned, 300))
-        fly.append(rate(scanned_rows(on_the_fly), 300))
+    pack, scan, fly = zip(*((rate(packed, 5000), rate(scanned, 300), rate(flying, 300))
+                            for _ in range(REPEATS)))
     show("pack_rows, rows/s", pack)
     show("  times the scan's", np.divide(pack, scan))
     show("  times those of tokenising and scanning", np.divide(pack, fly))

@@ -1,11 +1,12 @@
 """
-Time the training step of train.py and of another commit's train.py, in turn, in one run; run by hand.
+Time the training step of train.py and of another commit's train.py, in turn, in one run; by hand.
 
     uv run tests/bench_step.py [REVISION]        (default: HEAD)
 
-Each version has its own knobs, the active contract's context and vocabulary, and random tokens: no data is
-needed. Prints the milliseconds of each stage, medians and range of ROUNDS rounds of STEPS steps, and the ratio;
-equal versions gave 0.97 to 1.01 on two cores that others use (n = 6). 2ef7574 and later have the names used here.
+Each version has its own knobs, the active contract's context and vocabulary, and random tokens: no
+data is needed. Prints the milliseconds of each stage, medians and range of ROUNDS rounds of STEPS
+steps, and the ratio; equal versions gave 0.97 to 1.01 on two cores that others use (n = 6). 3c96724
+and later have the names used here.
 """
 
 import importlib.util
@@ -36,23 +37,14 @@ def load(path: Path, source: str):
 
 
 def stepper(train, device: torch.device, contract: prepare.Contract):
-    """A function that takes one step and returns the seconds of its three stages; built as train.main builds."""
+    """A function that takes one step and returns the seconds of its stages; built as in train.main."""
     kind, T, dtype = device.type, contract.max_seq_len, train.compute_dtype(device)
-
-    def knob(name, default=None):
-        value = getattr(train, name, default)
-        return value[kind] if isinstance(value, dict) else value
-
     train.choose_attention(device, train.ATTENTION)
-    depth, head_dim, total = knob("DEPTH"), knob("HEAD_DIM"), knob("TOTAL_BATCH_SIZE")
-    n_embd = train.model_width(depth, knob("ASPECT_RATIO"), head_dim)
-    n_head, rows = n_embd // head_dim, max(1, min(knob("DEVICE_BATCH_SIZE"), total // T))
-    windows = train.window_sizes(knob("WINDOW_PATTERN"), depth, train.SHORT_WINDOW, T)
-    config = train.GPTConfig(contract.vocab_size, T, depth, n_head, n_head // knob("HEADS_PER_KV_HEAD", 1), n_embd,
-                             windows, knob("BIGRAM_ROWS"))
-    if knob("COMPILE"):
+    config, total, rows = train.sizes(kind, T, contract.vocab_size)
+    compiled = train.COMPILE[kind] if isinstance(train.COMPILE, dict) else train.COMPILE
+    if compiled:
         train.compile_parts()
-    model, optimizer = train.build(config, device, dtype, knob("COMPILE"), 42)
+    model, optimizer = train.build(config, device, dtype, compiled, 42)
     accumulation = total // (rows * T)
     tokens = torch.randint(config.vocab_size, (rows, T + 1), device=device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -106,8 +98,8 @@ def main():
     print(f"{prepare.device_name(device)}, torch {torch.__version__}, ms per step, {ROUNDS} rounds of {STEPS} steps")
     print(f"{'':12} {'forward':>10} {'backward':>10} {'optimizer':>10} {'step':>10}   range")
     for name, seen in rounds.items():
-        medians, whole = [statistics.median(stage) for stage in zip(*seen)], [stages[-1] for stages in seen]
-        print(f"{name[:12]:12} " + " ".join(f"{m:10.1f}" for m in medians) + f"   {min(whole):.1f}-{max(whole):.1f}")
+        medians, whole = map(statistics.median, zip(*seen)), [stages[-1] for stages in seen]
+        print(f"{name[:12]:12} {' '.join(f'{m:10.1f}' for m in medians)}   {min(whole):.1f}-{max(whole):.1f}")
     ratios = [ours[-1] / theirs[-1] for theirs, ours in zip(rounds[revision], rounds["train.py"])]
     print(f"train.py / {revision}: {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
 

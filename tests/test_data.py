@@ -3,7 +3,6 @@
 The oracle of most tests is `good`: every byte of the cache that an undisturbed run leaves.
 """
 
-import base64
 import contextlib
 import dataclasses
 import inspect
@@ -335,6 +334,13 @@ def test_a_million_blanks_in_a_row_are_encoded(blank, hub, command):
     assert tokens == tokenizer.encode(text, prepend=tokenizer.get_bos_token_id())
 
 
+def ranks_of(cache: Path) -> dict[bytes, int]:
+    """tiktoken reads the tokenizer's file itself: it is in its own format."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", "")
+        return tiktoken.load.load_tiktoken_bpe(str(cache / "tokenizer.tiktoken"))
+
+
 def test_the_tokenizer_is_trained_on_the_first_characters_in_shard_order_each_document_capped(
         hub, command, cache, monkeypatch):
     monkeypatch.setitem(prepare.CONTRACTS, "climbmix", LIMITED)
@@ -347,9 +353,7 @@ def test_the_tokenizer_is_trained_on_the_first_characters_in_shard_order_each_do
     assert 200 < len(texts) < 400
     oracle = rustbpe.Tokenizer()
     oracle.train_from_iterator(iter(texts), LIMITED.vocab_size - 4, pattern=prepare.SPLIT_PATTERN)
-    lines = [line.split() for line in (cache / "tokenizer.tiktoken").read_text().splitlines()]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    assert ranks == {bytes(token): rank for token, rank in oracle.get_mergeable_ranks()}
+    assert ranks_of(cache) == {bytes(token): rank for token, rank in oracle.get_mergeable_ranks()}
 
 
 def test_the_number_of_shards_changes_the_fingerprint_only_if_too_few_trained_the_tokenizer(
@@ -371,14 +375,11 @@ def test_num_shards_is_remembered_and_minus_one_means_all(hub, command, cache):
         assert there == [*SHARDS[:last], *SHARDS[3:]]
 
 
-def test_every_document_is_in_the_cache_once_in_order_as_tiktoken_encodes_it(
-        hub, command, cache, monkeypatch):
-    """tiktoken reads the tokenizer's file itself: it is in its own format."""
+def test_every_document_is_in_the_cache_once_in_order_as_tiktoken_encodes_it(hub, command, cache):
     odd = [*some_texts(5, 1000), None, "", "<|reserved_0|> é" * 3000, *some_texts(1, 500)]
     hub.files[SHARDS[1]] = parquet(odd)
     assert command()[0] == 0
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    ranks = tiktoken.load.load_tiktoken_bpe(str(cache / "tokenizer.tiktoken"))
+    ranks = ranks_of(cache)
     assert list(ranks.values()) == list(range(len(ranks))) and 256 < len(ranks) <= 396
     oracle = tiktoken.Encoding("", pat_str=prepare.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
     for name, texts in zip(SHARDS, (some_texts(0), odd, *map(some_texts, (2, 3, 4)))):

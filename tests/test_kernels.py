@@ -11,11 +11,12 @@ import huggingface_hub.constants as hub
 import kernels
 import pytest
 import torch
+from conftest import CPU
 
 import prepare
 import train
 
-CPU, MPS, GPU = (torch.device(name) for name in ("cpu", "mps", "cuda"))
+MPS, GPU = torch.device("mps"), torch.device("cuda")
 ECHO = "def flash_attn_func(q, k, v, causal, window_size): return (causal, *window_size), 'lse'"
 
 
