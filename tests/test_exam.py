@@ -79,18 +79,16 @@ class Small(nn.Module):
         return self.lm_head(x + self.mix(x))
 
 
-class Remembers(Small):
-    """Logits sharpen from call to call, once `after` calls are over."""
+class Counting(Small):
+    """Calls `act` with the number of each call; what that gives, if anything, sharpens the logits."""
 
-    calls = 0
-
-    def __init__(self, vocab_size, after):
+    def __init__(self, vocab_size, act):
         super().__init__(vocab_size)
-        self.after = after
+        self.act, self.calls = act, 0
 
     def forward(self, idx):
         self.calls += 1
-        return super().forward(idx) * (1 + 0.1 * max(self.calls - self.after, 0))
+        return super().forward(idx) * (self.act(self.calls) or 1)
 
 
 def some_rows(vocab_size: int, T: int, rows: int, seed: int) -> torch.Tensor:
@@ -306,9 +304,11 @@ def test_a_model_whose_rows_depend_on_other_rows_is_refused(tiny, mix):
 
 
 def test_a_model_with_state_between_calls_is_refused_at_once_and_one_that_begins_later_in_the_exam(tiny):
+    at_once, later = (Counting(tiny.get_vocab_size(), lambda call, after=after: 1 + 0.1 * max(call - after, 0))
+                      for after in (0, 12))
     with pytest.raises(prepare.ExamError, match="has memory or is random"):
-        prepare.check_model(Remembers(tiny.get_vocab_size(), 0), 16)
-    refused(Remembers(tiny.get_vocab_size(), 12), tiny, "has memory or is random", 4)
+        prepare.check_model(at_once, 16)
+    refused(later, tiny, "has memory or is random", 4)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
@@ -612,25 +612,12 @@ def forked(*jobs) -> list[tuple[int, str, str]]:
     return [(code, *(Path(name).read_text() for name in streams)) for code, streams in zip(codes, names)]
 
 
-class Does(Small):
-    """A model that calls `act` with the number of each call."""
-
-    def __init__(self, vocab_size, act):
-        super().__init__(vocab_size)
-        self.act, self.calls = act, 0
-
-    def forward(self, idx):
-        self.calls += 1
-        self.act(self.calls)
-        return super().forward(idx)
-
-
 @pytest.fixture
 def hasty(tiny, monkeypatch):
     """(train loader, function that scores a model which acts in its calls); hung after a second."""
     monkeypatch.setattr(prepare, "HANG_SECONDS", 1)
     loader = prepare.make_dataloader(tiny, 4, 32, "train", device="cpu")
-    return loader, lambda act: prepare.evaluate_bpb(Does(tiny.get_vocab_size(), act), tiny, 4)
+    return loader, lambda act: prepare.evaluate_bpb(Counting(tiny.get_vocab_size(), act), tiny, 4)
 
 
 def test_a_run_that_is_killed_or_crashes_in_the_exam_leaves_no_line(hasty):
