@@ -996,10 +996,12 @@ def verdict() -> str:
     equal = [key for key in {(run["commit"], run["seed"]) for run in runs} if len(of(*key)) > 1]
     noise = 1.5 * max(np.ptp(of(*key)) for key in equal)
     jitter = max(1 - min(of(*key, "tokens")) / max(of(*key, "tokens")) for key in equal)
-    tokens = np.mean(of(head, 42, "tokens")) / np.mean(of(best, 42, "tokens")) - 1
     memory, free = max(of(head, 42, "peak_memory_mb")), 2 * max(of(base, 42, "peak_memory_mb"))
     both = [seed for seed in (42, 43) if of(head, seed) and of(best, seed)]
     change = [np.mean(of(head, seed)) - np.mean(of(best, seed)) for seed in both]
+    tokens = [np.mean(of(head, s, "tokens")) / np.mean(of(best, s, "tokens")) - 1 for s in both]
+    slower = any(share < min(-0.05, -jitter) for share in tokens)
+    faster = any(share > max(0.05, jitter) for share in tokens)
     changed = _git("diff", "--numstat", best, head, "--", "train.py") or "0 0"
     added, removed = map(int, changed.split()[:2])
     # SEED=42: below `sure` keep, below `worth` run 43. Then keep if the mean is below `limit`
@@ -1012,20 +1014,22 @@ def verdict() -> str:
         sure = worth = -10 * noise
     if head == best:
         word = "this is the best commit; go on with the next idea"
-    elif change[0] < sure or (change[0] < worth and len(change) == 2 and np.mean(change) < limit):
+    elif change[0] < sure and not faster:  # else the machine may have been
+        word = "keep"
+    elif change[0] < worth and len(change) == 2 and np.mean(change) < limit:
         word = "keep"
     elif change[0] >= worth or len(change) == 2:
         word = "discard"
     else:
         word = f"run BEST under SEED=43 ({best}; after it, this one)" if not of(best, 43) else "run SEED=43"
-    slower = ": SLOWER" if tokens < min(-0.05, -jitter) else ""
+    speed = ": SLOWER" if slower else ": FASTER" if faster else ""
     return f"""best {best}: SEED=42 {of(best, 42)}, SEED=43 {of(best, 43)}
 HEAD {head}: SEED=42 {of(head, 42)}, SEED=43 {of(head, 43)}
 noise: {noise:.6f}, 1.5 x the largest difference between equal runs (n = {len(equal)})
 HEAD - best: {", ".join(f"{by:+.6f}" for by in change)}, mean {np.mean(change):+.6f}
 limits: below {sure:+.6f} keep, below {worth:+.6f} run the other seed, then keep a mean below {limit:+.6f}
 lines of code: +{added} -{removed}; memory: {memory:.0f} MB, free up to {free:.0f} MB
-tokens trained: {tokens:+.1%}, equal runs differ by {jitter:.1%}{slower}
+tokens trained: {", ".join(f"{by:+.1%}" for by in tokens)}, equal runs differ by {jitter:.1%}{speed}
 verdict: {word}"""
 
 

@@ -341,12 +341,15 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(clone, monkeypatch):
     pretend("0.900000")
     time.sleep(1)  # a hash holds the second
     shell(inline("git commit -q --amend"), folder, env)
-    assert head() != slow
+    slow, first = head(), slow
+    assert slow != first
     do("tried/$(git")
     shell(inline("git commit -q --allow-empty"), folder, env)
+    shell(inline("git cherry-pick").replace("HASH", slow), folder, env)
+    assert train_py.read_text().endswith("# slow\n")
 
     # What the human finds in the morning: kept commits in the log, every run in the table, nothing of it committed
-    assert shell("git log --format=%h --abbrev=7 HEAD^", folder, env).split()[:3] == [smaller, better, baseline]
+    assert shell("git log --format=%h --abbrev=7 HEAD~2", folder, env).split()[:3] == [smaller, better, baseline]
     assert [row.split("\t")[3] for row in results.read_text().splitlines()[2:]] == [
         *["keep"] * 4, "discard", *["crash"] * 3, "keep", "discard", "keep", "keep"]
     assert shell("git status --short", folder, env) == " M README.md\n"

@@ -142,6 +142,14 @@ SEEDS = [*(("a", bpb, seed, "baseline") for bpb, seed in ((1.5, 42), (1.6, 43), 
          ("b", 1.490, 42, "wider"), ("b", 1.593, 43, "wider"), ("c", 1.489, 42, "deeper")]
 
 
+def test_another_baseline_commit_right_after_the_first_begins_a_segment_and_is_no_gain(execute, capsys):
+    scores = [("aaaaaaa", 1.9), ("aaaaaaa", 1.91), ("bbbbbbb", 1.6), ("bbbbbbb", 1.61), ("ccccccc", 1.55)]
+    rows = [f"{commit} {bpb} keep {'idea' if commit == 'ccccccc' else 'baseline'}" for commit, bpb in scores]
+    lines = "\n".join(line(commit, bpb, seed=42, contract="demo-1", device="cpu") for commit, bpb in scores)
+    assert execute(short(*rows), lines)["runs"]["segment"].tolist() == [1, 1, 2, 2, 2]
+    assert "Total gain: 0.055000, 3.43% of the baseline's mean 1.605000" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("how", ["runs.jsonl", "descriptions"])
 def test_scores_compare_seed_by_seed_and_the_noise_is_that_of_equal_runs(how, execute, capsys):
     rows = [f"{c} {bpb} keep {text}" + f", SEED={seed}" * (how != "runs.jsonl") for c, bpb, seed, text in SEEDS]

@@ -83,8 +83,15 @@ noise: 0.060000, 1.5 x the largest difference between equal runs (n = 2)
 HEAD - best: -0.015000, -0.030000, mean -0.022500
 limits: below -0.060000 keep, below +0.000000 run the other seed, then keep a mean below -0.020000
 lines of code: +0 -0; memory: 1500 MB, free up to 2000 MB
-tokens trained: -9.7%, equal runs differ by 1.0%: SLOWER
+tokens trained: -9.7%, -10.0%, equal runs differ by 1.0%: SLOWER
 verdict: keep"""
+
+
+def test_a_gain_of_a_run_that_trained_more_has_to_hold_under_the_other_seed(night):
+    """The machine may have been faster: what is clear under one seed is not kept on that alone."""
+    assert night.verdict(1.40, tokens=10_600) == "run SEED=43"
+    assert "tokens trained: +6.0%, equal runs differ by 0.0%: FASTER" in prepare.verdict()
+    assert night.verdict(1.40, 1.69, tokens=10_600) == "discard"
 
 
 def test_missing_evidence_is_named(monkeypatch):
