@@ -3,11 +3,15 @@
 import copy
 import gc
 import hashlib
+import io
+import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -345,6 +349,30 @@ def test_a_log_stays_under_20_kb_however_many_steps_a_run_has(small, monkeypatch
     output = capsys.readouterr().out
     assert len(output) < 20_000 and "\r" not in output
     assert summary_of(output)["num_steps"] == "6000" and 50 < len(step_lines(output)) <= 102
+
+
+@pytest.mark.parametrize("ticks, passive", [
+    ([(0, 100)] * 6, False), ([(90, 110)] * 6, True), ([(100, 100), (100, 100), (0, 200)] * 2, False), ([], False),
+], ids=["idle", "busy", "a moment", "no /proc/stat"])
+def test_threads_wait_without_spinning_only_where_others_use_the_cores(ticks, passive, monkeypatch):
+    """Processor time since the last look, of others and idle; a look at no such file raises OSError."""
+    real, busy, idle, looks = open, [0], [0], iter([*ticks])
+
+    def stat(file, *rest, **options):
+        if file != "/proc/stat":
+            return real(file, *rest, **options)
+        for total, more in zip((busy, idle), next(looks, None) or (_ for _ in ()).throw(FileNotFoundError)):
+            total[0] += more
+        return io.StringIO(f"cpu  {busy[0]} 0 0 {idle[0]} 0 0 0 0 0 0\n")
+
+    monkeypatch.setattr("builtins.open", stat)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert os.environ.pop("OMP_WAIT_POLICY", None) == ("PASSIVE" if passive else None)
 
 
 def test_a_log_line_has_the_form_of_the_specification():
