@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ import prepare
 import train
 
 torch.set_num_threads(1)  # tensors as small as the tests' only wait for one another
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(
