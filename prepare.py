@@ -13,8 +13,7 @@ moves it). A file that has its name is whole. Of each contract:
     SHA256SUMS, shards      of the tokenizer and the exams; how many training shards are in use
 
 `evaluate_bpb` appends a line to runs.jsonl, beside the script that runs. Nobody edits this file
-during research: that makes runs incomparable, and the fingerprint or the hash in runs.jsonl shows
-it.
+during research: that makes runs incomparable, which the fingerprint or the hash in runs.jsonl shows.
 """
 
 import sys
@@ -174,7 +173,7 @@ def fingerprint(contract: Contract | None = None) -> str:
     """The contract's name, and 8 hex digits of SHA-256 over its fields, tokenizer and exam."""
     contract = contract or active_contract()[0]
     sums = _noted_sums(contract)
-    if not sums:
+    if "val.bin" not in sums:
         raise Failure(f"not prepared; run: uv run prepare.py --contract {contract.name}")
     terms = [dataclasses.asdict(contract), sums["tokenizer.tiktoken"], sums["val.bin"]]
     digest = hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
@@ -223,7 +222,7 @@ def _progress(label: str, total: float | None, unit: str) -> tqdm.tqdm:
     if not sys.stdout.isatty():
         print(label, flush=True)
     return tqdm.tqdm(desc=label, total=total, unit=unit, unit_scale=True, file=sys.stdout,
-                     disable=None)
+                     delay=0.5, disable=None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -869,19 +868,24 @@ EVIDENCE = HERE / "runs.jsonl" if OURS else Path("runs.jsonl")
 class _Run:
     """This process's run, from its first training batch on; each score leaves a line in runs.jsonl."""
 
-    facts = began = alive = None
+    began = alive = None
     tokens = evaluations = 0
 
-    def begin(self) -> None:
-        """Note what runs: train.py may be edited meanwhile."""
-        commit = _git("rev-parse", "HEAD")
-        committed, there = _git("rev-parse", f"HEAD:./{SCRIPT.name}"), _git("hash-object", SCRIPT.name)
-        self.facts = {
-            "commit": commit, "dirty": committed != there if commit and OURS else None,
+    @functools.cached_property
+    def facts(self) -> dict:
+        """What runs, as it is when first asked for: train.py may be edited meanwhile."""
+        commit, dirty = _git("rev-parse", "HEAD"), None
+        if commit and OURS:
+            dirty = _git("rev-parse", f"HEAD:./{SCRIPT.name}") != _git("hash-object", SCRIPT.name)
+        return {
+            "commit": commit, "dirty": dirty,
             "script": SCRIPT.name if SCRIPT.is_file() else None,
             "train_sha256": _sha256(SCRIPT) if SCRIPT.is_file() else None,
             "prepare_sha256": _sha256(Path(__file__)), "seed": torch.initial_seed(),
         }
+
+    def begin(self) -> None:
+        _ = self.facts  # noted now
         try:
             open(EVIDENCE, "a").close()
         except OSError as error:
@@ -905,8 +909,6 @@ class _Run:
         os._exit(1)
 
     def write_evidence(self, contract: Contract, split: str, bpb: float, device: torch.device):
-        if not self.facts:
-            self.begin()
         self.evaluations += 1
         line = json.dumps({
             "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), **self.facts,
@@ -999,6 +1001,7 @@ def verdict() -> str:
     memory, free = max(of(head, 42, "peak_memory_mb")), 2 * max(of(base, 42, "peak_memory_mb"))
     both = [seed for seed in (42, 43) if of(head, seed) and of(best, seed)]
     change = [np.mean(of(head, seed)) - np.mean(of(best, seed)) for seed in both]
+    mean = np.mean(change)
     tokens = [np.mean(of(head, s, "tokens")) / np.mean(of(best, s, "tokens")) - 1 for s in both]
     slower = any(share < min(-0.05, -jitter) for share in tokens)
     faster = any(share > max(0.05, jitter) for share in tokens)
@@ -1016,7 +1019,7 @@ def verdict() -> str:
         word = "this is the best commit; go on with the next idea"
     elif change[0] < sure and not faster:  # else the machine may have been
         word = "keep"
-    elif change[0] < worth and len(change) == 2 and np.mean(change) < limit:
+    elif change[0] < worth and len(change) == 2 and mean < limit:
         word = "keep"
     elif change[0] >= worth or len(change) == 2:
         word = "discard"
@@ -1026,7 +1029,7 @@ def verdict() -> str:
     return f"""best {best}: SEED=42 {of(best, 42)}, SEED=43 {of(best, 43)}
 HEAD {head}: SEED=42 {of(head, 42)}, SEED=43 {of(head, 43)}
 noise: {noise:.6f}, 1.5 x the largest difference between equal runs (n = {len(equal)})
-HEAD - best: {", ".join(f"{by:+.6f}" for by in change)}, mean {np.mean(change):+.6f}
+HEAD - best: {", ".join(f"{by:+.6f}" for by in change)}, mean {mean:+.6f}
 limits: below {sure:+.6f} keep, below {worth:+.6f} run the other seed, then keep a mean below {limit:+.6f}
 lines of code: +{added} -{removed}; memory: {memory:.0f} MB, free up to {free:.0f} MB
 tokens trained: {", ".join(f"{by:+.1%}" for by in tokens)}, equal runs differ by {jitter:.1%}{speed}
@@ -1056,7 +1059,8 @@ def run_main(main: Callable[[], None]) -> None:
 
 def describe(contract: Contract, why: str) -> str:
     """The first lines that prepare.py and train.py print."""
-    return f"contract: {contract.name} ({why}); cache: {contract.folder}" + unseen_gpu()
+    lines = [f"contract: {contract.name} ({why}); cache: {contract.folder}", unseen_gpu()]
+    return "\n".join(filter(None, lines))
 
 
 def unseen_gpu() -> str:
@@ -1073,7 +1077,7 @@ def unseen_gpu() -> str:
     else:
         return ""
     problem = f"for {needs} {build}: {why}" if build else f"without {needs}"
-    return (f"\nAn {gpu} GPU is here but not used: torch {torch.__version__} is built {problem}; "
+    return (f"An {gpu} GPU is here but not used: torch {torch.__version__} is built {problem}; "
             "see README, Other machines")
 
 

@@ -1,6 +1,5 @@
 """
-What is being tried: the model, the optimizer, their hyperparameters and the training loop, in one
-file.
+What is being tried: model, optimizer, their hyperparameters and the training loop, in one file.
 
     uv run train.py                    (SEED=43 uv run train.py: another seed)
 
@@ -40,9 +39,9 @@ def busy_share(seconds=0.3):
 
 
 # Threads that wait by spinning gain a fifth on idle cores and lose half beside a busy program (2 cores,
-# n = 1). Three looks, so that a command that ends just now does not count
+# n = 1). Up to three looks, so that a command that ends just now does not count
 BUSY = (__name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ
-        and min(busy_share() for _ in range(3)) > 0.3)
+        and all(busy_share() > 0.3 for _ in range(3)))
 if BUSY:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read when torch is imported
 
@@ -423,8 +422,8 @@ def compile_parts():
 # --------------------------------------------------------------------------------------------------
 # Optimizer
 
-# Quintic coefficients of Polar Express for 5 iterations, safety factor 2e-2, cushion 2 (arXiv
-# 2505.16932)
+# Quintic coefficients of Polar Express (arXiv 2505.16932) for 5 iterations, safety factor 2e-2,
+# cushion 2
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -450,10 +449,11 @@ def muon_step(params, grads, momentum_buffer, second_moment, momentum, lr, weigh
               dtype):
     """Muon step of same-shape matrices, stacked (N, rows, cols); all but grads change in place.
 
-    m <- momentum m + (1 - momentum) g;  u = polar_express(Nesterov of m) s <- beta2 s + (1 -
-    beta2) mean(u^2) over the shorter side of u;  u <- u / sqrt(s), scaled back to its old norm p
-    <- p - lr sqrt(max(1, rows / cols)) (u + weight_decay p where u p > 0) NorMuon (arXiv
-    2510.05491), cautious weight decay (arXiv 2510.12402).
+    m <- momentum m + (1 - momentum) g;  u = polar_express(Nesterov of m)
+    s <- beta2 s + (1 - beta2) mean(u^2) over the shorter side of u
+    u <- u / sqrt(s), scaled back to its old norm
+    p <- p - lr sqrt(max(1, rows / cols)) (u + weight_decay p where u p > 0)
+    NorMuon (arXiv 2510.05491), cautious weight decay (arXiv 2510.12402).
     """
     momentum_buffer.mul_(momentum).add_(grads * (1 - momentum))
     u = polar_express(grads * (1 - momentum) + momentum_buffer * momentum, dtype).float()
@@ -638,8 +638,9 @@ def sizes(kind, seq_len, vocab_size):
     total, rows = knob("TOTAL_BATCH_SIZE", kind, 1), knob("DEVICE_BATCH_SIZE", kind, 1)
     demand(head_dim % 4 == 0, "HEAD_DIM", head_dim, "a multiple of 4: RoPE turns half of the pairs")
     demand(n_head % shared == 0, "HEADS_PER_KV_HEAD", shared, f"a divisor of the {n_head} heads")
-    demand(1 <= GATE_CHANNELS <= n_embd, "GATE_CHANNELS", GATE_CHANNELS, f"at most the width, {n_embd}")
-    demand(0 < SOFTCAP <= 79, "SOFTCAP", SOFTCAP, "at most 79, where exp still fits into float32")
+    demand(1 <= GATE_CHANNELS <= n_embd, "GATE_CHANNELS", GATE_CHANNELS, f"1 to the width, {n_embd}")
+    demand(0 < SOFTCAP <= 79, "SOFTCAP", SOFTCAP,
+           "above 0 and at most 79, where exp still fits into float32")
     demand(total % seq_len == 0, "TOTAL_BATCH_SIZE", total, f"a multiple of MAX_SEQ_LEN ({seq_len})")
     rows = min(rows, total // seq_len)
     demand(total % (rows * seq_len) == 0, "TOTAL_BATCH_SIZE", total, "a multiple of DEVICE_BATCH_SIZE "

@@ -41,7 +41,7 @@ def stepper(train, device: torch.device, contract: prepare.Contract):
     kind, T, dtype = device.type, contract.max_seq_len, train.compute_dtype(device)
     train.choose_attention(device, train.ATTENTION)
     config, total, rows = train.sizes(kind, T, contract.vocab_size)
-    compiled = train.COMPILE[kind] if isinstance(train.COMPILE, dict) else train.COMPILE
+    compiled = train.knob("COMPILE", kind)
     if compiled:
         train.compile_parts()
     model, optimizer = train.build(config, device, dtype, compiled, 42)

@@ -14,6 +14,8 @@ varlen, sdpa) and all kinds 0, but the convolution by FFT, 3.6e-5 in float32 and
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import random
@@ -579,6 +581,24 @@ def test_a_scored_run_leaves_one_line_that_says_what_ran_and_whether_it_trained(
     *_, last = evidence()
     assert [line["evaluation"] for line in evidence()] == [1, 2, 1]
     assert set(last) == KEYS and last["seconds"] is None and last["tokens"] == 0
+
+
+def test_a_score_is_returned_and_its_line_printed_when_the_file_cannot_be_written(tiny, capsys):
+    Path("runs.jsonl").mkdir()
+    bpb = prepare.evaluate_bpb(Small(tiny.get_vocab_size()), tiny, 16)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bpb"] == bpb
+
+
+def test_a_run_is_what_it_was_when_it_began_whatever_is_edited_later(tiny, monkeypatch, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("as it ran")
+    monkeypatch.setattr(prepare, "SCRIPT", script)
+    for text in ("edited", "edited again"):
+        prepare.make_dataloader(tiny, 4, 32, "train", device="cpu")
+        script.write_text(text)
+    prepare.evaluate_bpb(Small(tiny.get_vocab_size()), tiny, 16)
+    (line,) = evidence()
+    assert line["train_sha256"] == hashlib.sha256(b"as it ran").hexdigest()
 
 
 def test_the_held_out_split_scores_other_rows_and_the_line_says_so(tiny, monkeypatch):

@@ -4,6 +4,7 @@ import copy
 import gc
 import hashlib
 import io
+import itertools
 import os
 import re
 import runpy
@@ -356,14 +357,15 @@ def test_a_log_stays_under_20_kb_however_many_steps_a_run_has(small, monkeypatch
 ], ids=["idle", "busy", "a moment", "no /proc/stat"])
 def test_threads_wait_without_spinning_only_where_others_use_the_cores(ticks, passive, monkeypatch):
     """Processor time since the last look, of others and idle; a look at no such file raises OSError."""
-    real, busy, idle, looks = open, [0], [0], iter([*ticks])
+    real, looks = open, itertools.accumulate(ticks, lambda a, b: (a[0] + b[0], a[1] + b[1]))
 
     def stat(file, *rest, **options):
         if file != "/proc/stat":
             return real(file, *rest, **options)
-        for total, more in zip((busy, idle), next(looks, None) or (_ for _ in ()).throw(FileNotFoundError)):
-            total[0] += more
-        return io.StringIO(f"cpu  {busy[0]} 0 0 {idle[0]} 0 0 0 0 0 0\n")
+        if not ticks:
+            raise FileNotFoundError
+        busy, idle = next(looks)
+        return io.StringIO(f"cpu  {busy} 0 0 {idle} 0 0 0 0 0 0\n")
 
     monkeypatch.setattr("builtins.open", stat)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
