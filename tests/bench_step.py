@@ -5,7 +5,7 @@ Time the training step of train.py and of another commit's train.py, in turn, in
 
 Each version has its own knobs, the active contract's context and vocabulary, and random tokens: no
 data is needed. Prints the milliseconds of each stage, medians and range of ROUNDS rounds of STEPS
-steps, and the ratio; equal versions gave 0.97 to 1.01 on two cores that others use (n = 6). 3c96724
+steps, and the ratio of a token's time; equal versions gave 0.97 to 1.01 on two cores that others use (n = 6). 3c96724
 and later have the names used here.
 """
 
@@ -37,7 +37,8 @@ def load(path: Path, source: str):
 
 
 def stepper(train, device: torch.device, contract: prepare.Contract):
-    """A function that takes one step and returns the seconds of its stages; built as in train.main."""
+    """A function that takes one step and returns the seconds of its stages, and the step's tokens; built
+    as in train.main."""
     kind, T, dtype = device.type, contract.max_seq_len, train.compute_dtype(device)
     train.choose_attention(device, train.ATTENTION)
     config, total, rows = train.sizes(kind, T, contract.vocab_size)
@@ -72,7 +73,7 @@ def stepper(train, device: torch.device, contract: prepare.Contract):
 
     for _ in range(WARM):
         step()
-    return step
+    return step, total
 
 
 def main():
@@ -91,7 +92,7 @@ def main():
         spent = {name: [] for name in steps}
         for i in range(STEPS):  # step by step, each the first in turn
             for name in list(steps)[:: -1 if i % 2 else 1]:
-                spent[name].append(steps[name]())
+                spent[name].append(steps[name][0]())
         for name, seconds in spent.items():
             stages = [sum(stage) / STEPS * 1000 for stage in zip(*seconds)]
             rounds[name].append([*stages, sum(stages)])
@@ -100,8 +101,9 @@ def main():
     for name, seen in rounds.items():
         medians, whole = map(statistics.median, zip(*seen)), [stages[-1] for stages in seen]
         print(f"{name[:12]:12} {' '.join(f'{m:10.1f}' for m in medians)}   {min(whole):.1f}-{max(whole):.1f}")
-    ratios = [ours[-1] / theirs[-1] for theirs, ours in zip(rounds[revision], rounds["train.py"])]
-    print(f"train.py / {revision}: {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
+    more = steps["train.py"][1] / steps[revision][1]  # tokens in a step
+    ratios = [ours[-1] / theirs[-1] / more for theirs, ours in zip(rounds[revision], rounds["train.py"])]
+    print(f"a token of train.py / of {revision}: {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
 
 
 if __name__ == "__main__":

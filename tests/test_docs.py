@@ -277,7 +277,7 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(clone, monkeypatch):
     do("printf '%s\\t")
     assert results.read_text().splitlines()[-1] == f"{worse}\t8.000000\t2.0\tdiscard\twhat was tried"
     timed = shell(inline("uv run tests/bench_step.py").replace("KEPT", baseline), folder, env)
-    assert f"train.py / {baseline}: " in timed
+    assert f"a token of train.py / of {baseline}: " in timed
     *_, last = block("tried/$(git").splitlines()
     checkout, reset = last.split(" && ")
     shell(f"kept={baseline}; {checkout}", folder, env)  # killed in the middle of the restore...
