@@ -66,6 +66,7 @@ HEADS_PER_KV_HEAD = {"cuda": 1, "mps": 1, "cpu": 1}  # query heads that share a 
 TOTAL_BATCH_SIZE = {"cuda": 2**17, "mps": 2**14, "cpu": 2**11}  # tokens per optimizer step
 DEVICE_BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 8}  # rows at once, also in the exam; halved to fit
 WINDOW_PATTERN = {"cuda": "SSSSL", "mps": "L", "cpu": "L"}  # tiled over the layers; the last is L
+SHIFTED_CHANNELS = {"cuda": 0, "mps": 0, "cpu": 32}  # that attention and MLP read a position late
 BIGRAM_ROWS = {"cuda": 2**19, "mps": 2**14, "cpu": 2**14}  # of each of two hashed tables; 0: none
 COMPILE = {"cuda": True, "mps": False, "cpu": False}  # a CPU needs a C++ compiler, and minutes
 
@@ -205,6 +206,7 @@ class GPTConfig:
     n_embd: int
     windows: tuple  # per layer, see attention
     bigram_rows: int = 0
+    shifted: int = 0  # channels, see shift
 
 
 def model_width(depth, aspect_ratio, head_dim):
@@ -258,6 +260,13 @@ def offset_keys(k):
     return torch.cat([a, still_a, b, still_b], dim=-1)
 
 
+def shift(x, count):
+    """Take the last `count` channels of x (B, T, C) from the position before, as RWKV does."""
+    if not count:
+        return x
+    return torch.cat([x[..., :-count], F.pad(x[:, :-1, -count:], (0, 0, 1, 0))], dim=-1)
+
+
 def bigram_hash(idx, rows):
     """Row of each position's (previous token, token) pair in a table: int64 (B, T) below `rows`."""
     return (F.pad(idx[:, :-1], (1, 0)) * 1_000_003 + idx * 92_821) % rows
@@ -309,17 +318,18 @@ class Block(nn.Module):
         super().__init__()
         self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
+        self.shifted = config.shifted
 
     def before(self, x, x0, ve, resid_lambda, x0_lambda, cos, sin):
         """What comes before attention: x (B, T, C), its gate (B, T, H, 1), q, k, v."""
         x = resid_lambda * x + x0_lambda * x0
-        y = norm(x)
+        y = shift(norm(x), self.shifted)
         return x, gate(self.attn.attn_gate, y), *self.attn.qkv(y, ve, cos, sin)
 
     def after(self, x, attn_gate, y):
         """What comes after it: y (B, T, H, D) -> x (B, T, C)."""
         x = x + self.attn.c_proj((attn_gate * y).flatten(2))  # gated attention (arXiv 2505.06708)
-        return x + self.mlp(norm(x))
+        return x + self.mlp(shift(norm(x), self.shifted))
 
     def forward(self, x, *rest):
         """x and x0 (B, T, C), ve (B, T, Hkv * D) or None, two lambdas, cos, sin -> (B, T, C)."""
@@ -646,8 +656,10 @@ def sizes(kind, seq_len, vocab_size):
     demand(total % (rows * seq_len) == 0, "TOTAL_BATCH_SIZE", total, "a multiple of DEVICE_BATCH_SIZE "
            f"({rows}) x MAX_SEQ_LEN ({seq_len}) = {rows * seq_len}, or change that")
     windows = window_sizes(knob("WINDOW_PATTERN", kind), depth, SHORT_WINDOW, seq_len)
-    bigram_rows = knob("BIGRAM_ROWS", kind, 0)
-    config = GPTConfig(vocab_size, seq_len, depth, n_head, n_head // shared, n_embd, windows, bigram_rows)
+    shifted = knob("SHIFTED_CHANNELS", kind, 0)
+    demand(shifted <= n_embd, "SHIFTED_CHANNELS", shifted, f"at most the width, {n_embd}")
+    config = GPTConfig(vocab_size, seq_len, depth, n_head, n_head // shared, n_embd, windows,
+                       knob("BIGRAM_ROWS", kind, 0), shifted)
     return config, total, rows
 
 

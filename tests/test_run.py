@@ -38,8 +38,8 @@ def small(tiny, monkeypatch):
     """train.py with the smallest model on the tiny contract, CPU, float32; returns the clock that it reads."""
     clock = types.SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)  # moves only when told to
     knobs = {"DEPTH": 2, "ASPECT_RATIO": 16, "HEAD_DIM": 16, "TOTAL_BATCH_SIZE": 512, "DEVICE_BATCH_SIZE": 8,
-             "BIGRAM_ROWS": 64, "WINDOW_PATTERN": "SL", "SHORT_WINDOW": 8, "COMPILE": False, "time": clock,
-             "compute_dtype": lambda device: torch.float32}
+             "BIGRAM_ROWS": 64, "SHIFTED_CHANNELS": 8, "WINDOW_PATTERN": "SL", "SHORT_WINDOW": 8, "COMPILE": False,
+             "time": clock, "compute_dtype": lambda device: torch.float32}
     for name, value in knobs.items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(prepare, "default_device", lambda: CPU)
@@ -277,6 +277,7 @@ def test_a_diverged_run_ends_at_once_with_the_loss_and_the_step(loss, shown, ste
     ("HEAD_DIM", 63, ("HEAD_DIM is 63", "a multiple of 4")),
     ("HEADS_PER_KV_HEAD", 3, ("HEADS_PER_KV_HEAD is 3", "a divisor of the 2 heads")),
     ("BIGRAM_ROWS", -1, ("BIGRAM_ROWS is -1", "at least 0")),
+    ("SHIFTED_CHANNELS", 33, ("SHIFTED_CHANNELS is 33", "at most the width, 32")),
     ("SOFTCAP", 100, ("SOFTCAP is 100", "at most 79")),
     ("DEVICE_BATCH_SIZE", 0, ("DEVICE_BATCH_SIZE is 0", "at least 1")),
     ("TOTAL_BATCH_SIZE", 0, ("TOTAL_BATCH_SIZE is 0", "at least 1")),
