@@ -30,7 +30,7 @@ NETWORK = {  # they would download: their arguments are checked up to the point 
 ELSEWHERE = {  # beginning of a command: the file that runs it, and how it does
     "pip install uv": (".ci/run", "pip install --quiet uv"),
     "uv run train.py": ("tests/test_scale.py", '"uv run train.py"'),
-    "uv run pytest": (".ci/run", "uv run pytest"),
+    "uv run pytest": (".ci/run", "uv run pytest -n 2"),
     "uv run ruff check .": (".ci/run", "uv run ruff check ."),
     "uv run jupyter nbconvert": ("tests/test_notebook.py", "readme_command("),
     "git worktree add": ("tests/test_scale.py", "readme_command("),
@@ -132,7 +132,7 @@ def test_the_command_of_the_readme(command, clone):
         assert len(output.split("and the probes\n")[1].split("\n---\n")[0]) > 100
         assert (folder / "model.pt").stat().st_size > 10**5
     elif "bench_step" in command:
-        assert re.search(r"^train\.py / HEAD: \d\.\d{3} \(", output, re.MULTILINE)
+        assert re.search(r"^a token of train\.py / of HEAD: \d\.\d{3} \(", output, re.MULTILINE)
     else:
         assert "ready: demo-" in output
 
@@ -335,6 +335,7 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(clone, monkeypatch):
     pretend("0.500000", 43)
     assert verdict() == "keep"
     do("printf '%s\\t", "status=keep text=smaller")
+    assert results.read_text().endswith(f"{smaller}\t0.500000\t2.0\tkeep\tsmaller, SEED=43\n")
 
     # The machine had been slower: an amended attempt begins without scores, a new baseline is a commit of its own
     slow = attempt("# slow\n")
