@@ -30,6 +30,7 @@ GONE = {
     signal: "SIGKILL SIGALRM SIGHUP SIGUSR1 SIGUSR2 SIGCHLD SIGQUIT SIGSTOP SIGPIPE alarm setitimer pause sigwait "
             "pthread_kill pthread_sigmask SIG_BLOCK SIG_UNBLOCK SIG_SETMASK",
 }
+os.process_cpu_count = os.cpu_count  # as on Windows; Python 3.13 has one that asks sched_getaffinity
 for owner, names in GONE.items():
     for name in names.split():
         vars(owner).pop(name, None)
