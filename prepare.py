@@ -28,6 +28,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import functools
+import getpass
 import hashlib
 import importlib.util
 import inspect
@@ -1045,6 +1046,10 @@ def run_main(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):  # kept in order in one log, and no character stops a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="replace")
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # a number without a name, in a container say; torch wants a name
+        os.environ["USER"] = f"user-{os.getuid()}"
     try:
         main()
         sys.stdout.flush()

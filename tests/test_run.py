@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import getpass
 import hashlib
 import io
 import itertools
@@ -471,6 +472,15 @@ def test_a_closed_pipe_ends_quietly(script, demo_cache, tmp_path):
                           text=True, timeout=200, env=demo_environment(cache, PATH="/usr/bin:/bin"))
     assert done.stdout.startswith("contract: demo (") and done.stdout.count("\n") == 1
     assert done.stderr == ""
+
+
+def test_a_user_number_without_a_name_gets_one_because_torch_asks_for_it(monkeypatch, capsys):
+    pytest.importorskip("pwd")
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    prepare.run_main(lambda: print(getpass.getuser()))
+    assert capsys.readouterr().out == f"user-{os.getuid()}\n"
 
 
 @pytest.mark.parametrize("command, spoil, words", [
