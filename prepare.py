@@ -888,7 +888,9 @@ class _Run:
     def begin(self) -> None:
         _ = self.facts  # noted now
         try:
-            open(EVIDENCE, "a").close()
+            with open(EVIDENCE, "ab") as file:
+                if EVIDENCE.read_bytes()[-1:] not in b"\n":  # an editor took the last line end away
+                    file.write(b"\n")
         except OSError as error:
             raise Failure(f"cannot write the record of this run, {EVIDENCE} ({error})") from error
 
@@ -972,24 +974,31 @@ def verdict() -> str:
     last kept one), its runs.jsonl has the scores. They compare seed by seed: most of what a seed
     does, it does to all.
     """
-    head, runs = _git("rev-parse", "--short=7", "HEAD"), []
-    ledger, evidence = (Path(name).read_text("utf-8", "replace").splitlines() if os.path.isfile(name)
+    head, runs = (_git("rev-parse", "HEAD") or "")[:7], []
+    if not head:
+        raise Failure("--verdict compares commits, and git knows none here")
+    ledger, evidence = (Path(name).read_text("utf-8-sig", "replace").splitlines() if os.path.isfile(name)
                         else [] for name in ("results.tsv", "runs.jsonl"))
-    rows = [[cell.strip() for cell in line.split("\t")] for line in ledger if line.count("\t") > 3]
+    rows = [[cell.strip().lower() for cell in f"{line}\t".split("\t")] for line in ledger if line.count("\t") > 2]
+    rows = [(commit[:7], status, text) for commit, _, _, status, text, *_ in rows]
     for line in evidence:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # no line of ours, or cut off
             run = json.loads(line)
-            if not run["dirty"] and run["split"] == "val" and run.get("evaluation", 1) == 1:
+            ours = run["split"] == "val" and run.get("script", "train.py") == "train.py"
+            if ours and not run["dirty"] and run.get("evaluation", 1) == 1:
                 runs.append(run | {"commit": run["commit"][:7], "bpb": round(run["bpb"], 6)})
 
     def of(commit: str, seed: int, what: str = "bpb") -> list:
-        return [run[what] or 0 for run in runs if (run["commit"], run["seed"]) == (commit, seed)]
+        return [run.get(what) or 1 for run in runs if (run["commit"], run["seed"]) == (commit, seed)]
 
     if not of(head, 42):
-        return f"verdict: run SEED=42 (runs.jsonl has no such run of {head})"
-    runs = [run for run in runs if run["contract"] == of(head, 42, "contract")[-1]]
-    base = next((row[0] for row in reversed(rows) if row[4] == "baseline" and of(row[0], 42)), head)
-    best = next((row[0] for row in reversed(rows) if row[3] == "keep" and of(row[0], 42)), base)
+        return f"verdict: run SEED=42 (runs.jsonl has no such run of {head} as committed, on the split val)"
+    for same in ("contract", "device"):
+        runs = [run for run in runs if (run.get(same) or 1) == of(head, 42, same)[-1]]
+    scored = [row for row in reversed(rows) if of(row[0], 42)]
+    baseline = re.compile(r"baseline\W*(seed\W*\d+\W*)?")
+    base = next((commit for commit, _, text in scored if baseline.fullmatch(text)), head)
+    best = next((commit for commit, status, _ in scored if status == "keep"), base)
     missing = [f"SEED={seed}" for seed in (42, 43) for _ in range(2 - len(of(base, seed)))]
     if missing:
         more = f"{len(missing)} more run{'s' * (len(missing) > 1)}"
@@ -1006,8 +1015,10 @@ def verdict() -> str:
     tokens = [np.mean(of(head, s, "tokens")) / np.mean(of(best, s, "tokens")) - 1 for s in both]
     slower = any(share < min(-0.05, -jitter) for share in tokens)
     faster = any(share > max(0.05, jitter) for share in tokens)
-    changed = _git("diff", "--numstat", best, head, "--", "train.py") or "0 0"
-    added, removed = map(int, changed.split()[:2])
+    changed = _git("diff", "--text", "--numstat", best, head, "--", "train.py")
+    if changed is None:
+        raise Failure(f"git does not know {best}, the best commit of results.tsv")
+    added, removed = map(int, (changed or "0 0").split()[:2])
     # SEED=42: below `sure` keep, below `worth` run 43. Then keep if the mean is below `limit`
     sure, worth, limit = -noise, 0.0, -noise / 3
     if added - removed <= -10:  # less code may cost a little
@@ -1045,7 +1056,7 @@ def run_main(main: Callable[[], None]) -> None:
     """Call a script's main; failures, Ctrl-C and a closed pipe end in a line or none, and an exit code."""
     for stream in (sys.stdout, sys.stderr):  # kept in order in one log, and no character stops a run
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True, errors="replace")
+            stream.reconfigure(line_buffering=True, errors="replace", newline="\n")
     try:
         getpass.getuser()
     except (KeyError, OSError):  # a number without a name, in a container say; torch wants a name

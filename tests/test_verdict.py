@@ -101,11 +101,12 @@ def test_missing_evidence_is_named(monkeypatch):
     night.baseline("basebas", 1.5, 1.6)
     assert night.verdict() == night.verdict(1.0) == "baseline: 1 more run of basebas: SEED=43"
     Path("runs.jsonl").unlink(), Path("results.tsv").unlink()
-    assert night.verdict() == "run SEED=42 (runs.jsonl has no such run of newnewn)"
+    assert night.verdict() == "run SEED=42 (runs.jsonl has no such run of newnewn as committed, on the split val)"
 
 
 def test_other_contracts_splits_edited_files_second_exams_broken_lines_and_earlier_sessions_do_not_count(night):
-    for more in ({"dirty": True}, {"split": "test"}, {"evaluation": 2}, {"contract": "demo-2"}, {"commit": None}):
+    for more in ({"dirty": True}, {"split": "test"}, {"evaluation": 2}, {"contract": "demo-2"}, {"commit": None},
+                 {"device": "H200"}, {"script": "sweep.py", "dirty": None}):
         night.run("basebas", 42, 9.0, **more)
         night.run("newnewn", 42, 0.1, **more)
     with open("runs.jsonl", "a") as evidence:
@@ -118,6 +119,22 @@ def test_other_contracts_splits_edited_files_second_exams_broken_lines_and_earli
     night.baseline("morning", 2.0, 2.1, 2.001, 2.1, memory=3000)
     night.run("another", 42, 1.99, memory=6000)
     assert night.verdict() == "keep" and "noise: 0.001500" in prepare.verdict()
+
+
+def test_rows_count_however_a_hand_wrote_hash_status_and_baseline(night):
+    rows = Path("results.tsv").read_text().replace("baseline", "Baseline (SEED=42)").replace("basebas", "BASEBAS1")
+    night.run("bestbes", 42, 1.40)
+    Path("results.tsv").write_text(f"\ufeff{rows}bestbes2222\t1.4\t1.0\tKeep\n")
+    assert night.verdict(1.45) == "discard" and "noise: 0.030000" in prepare.verdict()
+
+
+def test_what_git_does_not_know_is_said_and_tokens_nobody_counted_are_no_speed(night, monkeypatch):
+    night.baseline("morning", 1.5, 1.6, 1.5, 1.6, tokens=0)
+    assert night.verdict(1.4, tokens=0) == "keep" and "equal runs differ by 0.0%\n" in prepare.verdict()
+    for unknown, words in (("diff", "git does not know morning"), ("rev-parse", "git knows none here")):
+        monkeypatch.setattr(prepare, "_git", lambda *asked, u=unknown: None if u in asked else "newnewn")
+        with pytest.raises(prepare.Failure, match=words):
+            prepare.verdict()
 
 
 def true_gain(night: Night, number: int, seed_by_seed: bool, shared: float, own: float, again: float) -> float:
