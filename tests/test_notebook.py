@@ -118,6 +118,15 @@ REAL = {  # what people's logs are like: (file, what columns of `runs` hold, wha
     "the baseline once more": (
         short("a 1.5 keep baseline", "b 1.2 keep x", "a 1.5 keep baseline again", "c 1.1 keep baseline + wider"),
         {"segment": [1] * 4, "gain": [NAN, 0.3, NAN, 0.1]}, "(n = 2)"),
+    "ideas that speak of the baseline": (
+        short("a 1.50 keep baseline", "a 1.58 keep baseline, SEED=43", "a 1.52 keep baseline",
+              "b 1.49 discard the baseline's rate twice, to confirm", "b 1.55 keep the baseline's rate twice, SEED=43",
+              "c 1.4 keep baseline, deeper", "c 1.42 keep re-run"),
+        {"segment": [1] * 7, "seed": ["42", "43", "42", "42", "43", "42", "42"], "noise": [0.03] * 7},
+        "Kept: 2 of 2 changes (100%): 1 by more than the noise"),
+    "gains under different seeds": (
+        short("a 1.50 keep baseline", "a 1.58 keep baseline, SEED=43", "b 1.49 keep x", "b 1.53 keep x, SEED=43",
+              "c **1.40** keep y"), {"gain": [NAN, NAN, 0.03, NAN, 0.09]}, "Total gain: 0.120000, 7.79% of the"),
     "a run on a slow machine": (
         short("a 1.5 keep baseline", "b 1.6 discard slow machine", "c 1.4 keep x"), {}, "Kept: 1 of 1 changes (100%)"),
     "quotes": (short('a 1.5 keep "a ""b"" c"', 'b 1 keep "x", "y"'), {"description": ['a "b" c', '"x", "y"']}, ""),
@@ -200,13 +209,14 @@ def test_early_drops_hide_neither_the_later_progress_nor_their_own_labels(execut
     assert below.get_ylim()[1] < 1.2
 
 
-def test_runs_jsonl_names_contract_machine_and_hours_and_the_rows_that_it_does_not_back_are_listed(execute):
+def test_runs_jsonl_names_contract_machine_and_hours_and_what_it_or_the_rows_do_not_back_is_listed(execute, capsys):
     place = {"contract": "demo-1a2b3c4d", "device": "8 cores"}
     night = [line("a", 1.5, time=f"2026-11-2{time}:00+00:00", **place) for time in ("5T22:00", "6T05:30")]
     evidence = [line("a", 1.5000004), line("b", 1.7), line("c", 1.4, dirty=True), line("d", 1.3, dirty=None), "{half",
                 line("e", 1.3, evaluation=2), line("f", 1.3, script="try2.py"), line("g", 1.3, evaluation=1), "[]"]
     rows = ["a 1.500000 keep baseline", "b 1.6 discard x", "c 1.4 keep y", *(f"{c} 1.3 keep z" for c in "defgh")]
     names = execute(short(*rows), "\n".join([*night, *evidence]))
+    assert "scores that no row has (1): b000000 1.700000" in capsys.readouterr().out
     assert names["axes"].get_title(loc="left") == "demo-1a2b3c4d · 8 cores · 7.5 hours · 8 runs"
     assert dict(zip(names["doubts"]["commit"], names["doubts"]["problem"])) == {
         "b": "its runs scored 1.700000", "c": "train.py was not as committed",
