@@ -16,10 +16,13 @@ moves it). A file that has its name is whole. Of each contract:
 during research: that makes runs incomparable, which the fingerprint or the hash in runs.jsonl shows.
 """
 
+import importlib.util
 import sys
 
 if __name__ == "__main__":  # a profile.py beside this file, say, is not Python's own
     sys.path.append(sys.path.pop(0))
+    if not importlib.util.find_spec("rustbpe"):
+        sys.exit("FAIL: the packages are not in this Python. Start with `uv run prepare.py`")
 
 import argparse
 import base64
@@ -30,7 +33,6 @@ import faulthandler
 import functools
 import getpass
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import json
@@ -135,11 +137,13 @@ def cache_dir() -> Path:
 @functools.cache
 def active_contract(named: str | None = None) -> tuple[Contract, str]:
     """The contract in force and why: the first of these that says one."""
-    remembered = cache_dir() / "active"
+    remembered = ""
+    with contextlib.suppress(OSError, ValueError):  # none is there, or none that can be read
+        remembered = (cache_dir() / "active").read_text().strip()
     choices = [
         (named, "--contract"),
         (os.environ.get("AUTORESEARCH_CONTRACT"), "AUTORESEARCH_CONTRACT is set"),
-        (remembered.is_file() and remembered.read_text().strip(), "last prepared by name"),
+        (remembered, "last prepared by name"),
         (torch.cuda.is_available() and "climbmix", "torch sees a CUDA/ROCm device"),
         ("demo", "no CUDA/ROCm device, and nothing else prepared by name"),
     ]
@@ -150,8 +154,9 @@ def active_contract(named: str | None = None) -> tuple[Contract, str]:
     if seconds := os.environ.get("AUTORESEARCH_TIME_BUDGET"):
         if not re.fullmatch(r"\d*\.?\d+", seconds) or float(seconds) == 0:
             raise Failure(f"AUTORESEARCH_TIME_BUDGET is {seconds!r}; give seconds, or unset it")
-        why += f", with AUTORESEARCH_TIME_BUDGET {seconds} s instead of {contract.time_budget}"
-        contract = dataclasses.replace(contract, time_budget=float(seconds))
+        if float(seconds) != contract.time_budget:  # else 60.0 would not be 60 in the fingerprint
+            why += f", with AUTORESEARCH_TIME_BUDGET {seconds} s instead of {contract.time_budget}"
+            contract = dataclasses.replace(contract, time_budget=float(seconds))
     return contract, why
 
 
@@ -195,6 +200,11 @@ def _write(path: Path, pieces: Iterable[bytes]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _newer(made: Path, source: Path) -> bool:
+    """Whether a file was made, and since its source was: that may have been replaced by hand."""
+    return made.exists() and made.stat().st_mtime_ns >= source.stat().st_mtime_ns
 
 
 def _note(path: Path, text: str) -> None:
@@ -258,7 +268,14 @@ def _session(workers: int) -> requests.Session:
 def _download_all(contract: Contract, names: list[str], workers: int) -> None:
     """Download parquet files in parallel; raises Failure that names each missing one, and why."""
     session, folder = _session(workers), contract.folder / "parquet"
-    base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
+    try:
+        parts = urlsplit(base)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or len(base.split()) > 1:  # its value, which may hold a password, is not shown
+        raise Failure("HF_ENDPOINT is no address like https://huggingface.co; set it again, or unset it")
     url = f"{base}/datasets/{contract.dataset}/resolve/main/"
     offline = "No network? `uv run prepare.py --contract demo` needs none."
     print(f"{len(names)} files to get from {_host(base)}", flush=True)
@@ -347,7 +364,8 @@ def _host(url: str) -> str:
 def _cause(error: BaseException) -> str:
     """The innermost reason of a requests error, which wraps several; no URL, which may be signed."""
     reason = getattr(error.args[0], "reason", None) if error.args else None
-    return str(reason or error).split(": ", 1)[-1].split(" with url")[0][:200]
+    problem = str(reason or error).split(": ", 1)[-1].split(" with url")[0]
+    return re.sub(r"[^\s'\"/]+@", "", problem)[:200]  # a proxy's password
 
 
 def _check_text_column(schema: pa.Schema) -> None:
@@ -386,7 +404,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path) as file:
             _check_text_column(file.schema_arrow)
             yield file
-    except (pa.ArrowException, OSError, ValueError) as error:  # no UTF-8 is a ValueError
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # no UTF-8; two columns `text`
         problem = str(error).splitlines()[0][:200]
         raise Failure(f"cannot read {path} ({problem}). Replace it, or delete it and run the same "
                       "command again to get it anew") from error
@@ -523,7 +541,10 @@ def read_documents(contract: Contract, parts: list[Part], bos: int) -> Iterator[
         path = contract.folder / "tokens" / f"{name}.bin"
         if not path.stat().st_size:
             continue
-        tokens = np.asarray(np.memmap(path, np.uint16, "r"))  # slices of a memmap are slow to make
+        try:
+            tokens = np.asarray(np.memmap(path, np.uint16, "r"))  # slices of a memmap are slow to make
+        except (OSError, ValueError) as error:
+            raise Failure(f"cannot read {path} ({error}); delete it and run: uv run prepare.py") from error
         starts = np.flatnonzero(tokens == bos)
         stops = np.append(starts[1:], len(tokens))
         for begin, end in zip(starts[start:stop].tolist(), stops[start:stop].tolist()):
@@ -580,7 +601,9 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
     folder = contract.folder
     with _locked(folder):
         noted = folder / "shards"
-        shards = shards or (int(noted.read_text()) if noted.exists() else DEFAULT_SHARDS)
+        if not shards:
+            text = noted.read_text().strip() if noted.exists() else ""
+            shards = int(text) if re.fullmatch("0*[1-9][0-9]*", text) else DEFAULT_SHARDS
         parts = contract.train(shards)
         names = list(dict.fromkeys(name for name, _, _ in [*parts, contract.val, contract.test]))
         (folder / "parquet").mkdir(exist_ok=True)
@@ -590,8 +613,8 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
         elif missing:
             _download_all(contract, missing, workers)
 
-        before = _noted_sums(contract)
-        for path in (folder / name for name in before):
+        made, before = ("tokenizer.tiktoken", "val.bin", "test.bin"), _noted_sums(contract)
+        for path in (folder / name for name in made if name in before):
             if path.exists() and _sha256(path) != before[path.name]:
                 print(f"{path} is not what it was when it was made; making it again")
                 path.unlink()
@@ -601,13 +624,13 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
             _write(folder / "tokenizer.tiktoken", [_train_tokenizer(contract, parts).to_bytes()])
         tokenizer = Tokenizer.from_directory(folder)
         for name in names:
-            if not (folder / "tokens" / f"{name}.bin").exists():
+            if not _newer(folder / "tokens" / f"{name}.bin", folder / "parquet" / name):
                 _tokenize(contract, name, tokenizer)
         for split in ("val", "test"):
-            if not (folder / f"{split}.bin").exists():
+            name = getattr(contract, split)[0]
+            if not _newer(folder / f"{split}.bin", folder / "tokens" / f"{name}.bin"):
                 rows = _pack_exam(contract, split, tokenizer.get_bos_token_id())
                 _write(folder / f"{split}.bin", [rows.tobytes()])
-        made = ("tokenizer.tiktoken", "val.bin", "test.bin")
         now = {name: _sha256(folder / name) for name in made}
         if before and now != before:
             print("note: the tokenizer or the exam is not that of before; the fingerprint says so")
@@ -869,7 +892,7 @@ EVIDENCE = HERE / "runs.jsonl" if OURS else Path("runs.jsonl")
 class _Run:
     """This process's run, from its first training batch on; each score leaves a line in runs.jsonl."""
 
-    began = alive = None
+    began = alive = seed = None
     tokens = evaluations = 0
 
     @functools.cached_property
@@ -882,11 +905,12 @@ class _Run:
             "commit": commit, "dirty": dirty,
             "script": SCRIPT.name if SCRIPT.is_file() else None,
             "train_sha256": _sha256(SCRIPT) if SCRIPT.is_file() else None,
-            "prepare_sha256": _sha256(Path(__file__)), "seed": torch.initial_seed(),
+            "prepare_sha256": _sha256(Path(__file__)),
         }
 
     def begin(self) -> None:
-        _ = self.facts  # noted now
+        _ = self.facts  # noted now, by a script without run_main
+        self.seed = torch.initial_seed()
         try:
             with open(EVIDENCE, "ab") as file:
                 if EVIDENCE.read_bytes()[-1:] not in b"\n":  # an editor took the last line end away
@@ -915,6 +939,7 @@ class _Run:
         self.evaluations += 1
         line = json.dumps({
             "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), **self.facts,
+            "seed": torch.initial_seed() if self.seed is None else self.seed,
             "contract": fingerprint(contract), "split": split, "bpb": bpb,
             "evaluation": self.evaluations, "tokens": self.tokens,
             "seconds": self.began and round(time.monotonic() - self.began, 1),
@@ -923,7 +948,8 @@ class _Run:
         })
         try:
             with open(EVIDENCE, "ab", buffering=0) as file:
-                file.write(f"{line}\n".encode())  # at once: lines of two runs do not mix
+                if file.write(f"{line}\n".encode()) <= len(line):  # at once: lines of two runs do not mix
+                    raise OSError("the disk is full")
         except OSError as error:
             print(f"note: {EVIDENCE} could not be written ({error}); its line is:\n{line}")
 
@@ -941,7 +967,7 @@ def _git(*arguments: str) -> str | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out; a kernel built on torch's stable ABI names only the call that failed."""
-    signs = ("out of memory", '"aten::new_empty"', '"aten::empty')
+    signs = ("out of memory", "allocate memory", "not enough memory", '"aten::new_empty"', '"aten::empty')
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in signs)
 
@@ -970,15 +996,15 @@ def device_name(device: torch.device) -> str:
 def verdict() -> str:
     """The keep rule of program.md for HEAD: its figures, and in the last line what follows from them.
 
-    results.tsv of the working directory says which commit is the baseline and which the best (the
-    last kept one), its runs.jsonl has the scores. They compare seed by seed: most of what a seed
+    results.tsv beside this file says which commit is the baseline and which the best (the last kept
+    one), runs.jsonl has the scores. They compare seed by seed: most of what a seed
     does, it does to all.
     """
     head, runs = (_git("rev-parse", "HEAD") or "")[:7], []
     if not head:
         raise Failure("--verdict compares commits, and git knows none here")
-    ledger, evidence = (Path(name).read_text("utf-8-sig", "replace").splitlines() if os.path.isfile(name)
-                        else [] for name in ("results.tsv", "runs.jsonl"))
+    ledger, evidence = (path.read_text("utf-8-sig", "replace").splitlines() if path.is_file() else []
+                        for path in (HERE / "results.tsv", HERE / "runs.jsonl"))
     rows = [[cell.strip().lower() for cell in f"{line}\t".split("\t")] for line in ledger if line.count("\t") > 2]
     rows = [(commit[:7], status, text) for commit, _, _, status, text, *_ in rows]
     for line in evidence:
@@ -1061,6 +1087,7 @@ def run_main(main: Callable[[], None]) -> None:
         getpass.getuser()
     except (KeyError, OSError):  # a number without a name, in a container say; torch wants a name
         os.environ["USER"] = f"user-{os.getuid()}"
+    _ = _RUN.facts  # what runs is what is there now, whatever is edited or committed meanwhile
     try:
         main()
         sys.stdout.flush()
@@ -1084,6 +1111,7 @@ def unseen_gpu() -> str:
     shown = [os.environ.get(f"{maker}_VISIBLE_DEVICES") for maker in ("CUDA", "HIP", "ROCR")]
     if "" in shown or "-1" in shown or torch.cuda.is_available():
         return ""
+    named = ", or a _VISIBLE_DEVICES variable names no card that is here" * any(shown)
     if shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia"):
         gpu, needs, build = "NVIDIA", "CUDA", torch.version.cuda
         why = "its driver is too old for that, or not loaded"
@@ -1092,7 +1120,7 @@ def unseen_gpu() -> str:
         why = "it is no such card, or /dev/kfd is closed to you (groups render, video)"
     else:
         return ""
-    problem = f"for {needs} {build}: {why}" if build else f"without {needs}"
+    problem = f"for {needs} {build}: {why}{named}" if build else f"without {needs}"
     return (f"An {gpu} GPU is here but not used: torch {torch.__version__} is built {problem}; "
             "see README, Other machines")
 

@@ -519,7 +519,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                (self.step_muon if group["kind"] == "muon" else self.step_adamw)(group, params)
+                {"muon": self.step_muon, "adamw": self.step_adamw}[group["kind"]](group, params)
 
     def step_adamw(self, group, params):
         options = {name: group[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay")}
@@ -649,14 +649,14 @@ def sizes(kind, seq_len, vocab_size):
     total, rows = knob("TOTAL_BATCH_SIZE", kind, 1), knob("DEVICE_BATCH_SIZE", kind, 1)
     demand(head_dim % 4 == 0, "HEAD_DIM", head_dim, "a multiple of 4: RoPE turns half of the pairs")
     demand(n_head % shared == 0, "HEADS_PER_KV_HEAD", shared, f"a divisor of the {n_head} heads")
-    demand(1 <= GATE_CHANNELS <= n_embd, "GATE_CHANNELS", GATE_CHANNELS, f"1 to the width, {n_embd}")
-    demand(0 < SOFTCAP <= 79, "SOFTCAP", SOFTCAP,
+    demand(knob("GATE_CHANNELS", kind, 1) <= n_embd, "GATE_CHANNELS", GATE_CHANNELS, f"1 to the width, {n_embd}")
+    demand(isinstance(SOFTCAP, (int, float)) and 0 < SOFTCAP <= 79, "SOFTCAP", SOFTCAP,
            "above 0 and at most 79, where exp still fits into float32")
     demand(total % seq_len == 0, "TOTAL_BATCH_SIZE", total, f"a multiple of MAX_SEQ_LEN ({seq_len})")
     rows = min(rows, total // seq_len)
     demand(total % (rows * seq_len) == 0, "TOTAL_BATCH_SIZE", total, "a multiple of DEVICE_BATCH_SIZE "
            f"({rows}) x MAX_SEQ_LEN ({seq_len}) = {rows * seq_len}, or change that")
-    windows = window_sizes(knob("WINDOW_PATTERN", kind), depth, SHORT_WINDOW, seq_len)
+    windows = window_sizes(knob("WINDOW_PATTERN", kind), depth, knob("SHORT_WINDOW", kind, 0), seq_len)
     shifted = knob("SHIFTED_CHANNELS", kind, 0)
     demand(shifted <= n_embd, "SHIFTED_CHANNELS", shifted, f"at most the width, {n_embd}")
     config = GPTConfig(vocab_size, seq_len, depth, n_head, n_head // shared, n_embd, windows,
@@ -667,12 +667,17 @@ def sizes(kind, seq_len, vocab_size):
 def build(config, device, dtype, compiled, seed):
     """Return (model, optimizer) on the device, initialised from the seed; tables in the compute dtype."""
     torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what torch.empty gives is NaN then
     with torch.device(device):
         model = GPT(config)
+    torch.use_deterministic_algorithms(False)
     for table in (module for module in model.modules() if isinstance(module, nn.Embedding)):
         table.to(dtype)
     torch.manual_seed(seed)
     model.init_weights()
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if empty := [name for name, tensor in tensors if tensor.isnan().any()]:
+        raise prepare.Failure(f"{', '.join(empty)}: left as torch.empty made it; fill it where it is made")
     return model, MuonAdamW(parameter_groups(model), compiled, dtype)
 
 
@@ -768,10 +773,12 @@ def main():
     optimizer.state.clear()
     fresh = build(config, device, dtype, False, seed)[0]
     with torch.no_grad():  # as if nothing had been
-        for values in (nn.Module.parameters, nn.Module.buffers):
-            for used, new in zip(values(model), values(fresh)):
-                used.copy_(new)
-    del fresh, used, new
+        for values in (nn.Module.named_parameters, nn.Module.named_buffers):
+            new = dict(values(fresh))
+            for key, used in values(model):
+                if key in new:  # what a first forward pass registers is not
+                    used.copy_(new[key])
+    del fresh, new, used
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
 

@@ -48,6 +48,14 @@ def test_the_environment_goes_before_the_remembered_contract_and_that_before_the
     forget()
     assert prepare.active_contract()[0].name == "climbmix"
     assert (prepare.MAX_SEQ_LEN, prepare.TIME_BUDGET, prepare.EVAL_TOKENS) == (2048, 300, 40 * 524_288)
+    plain = prepare.active_contract()
+    monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "300.0")  # the default, so the fingerprint's too
+    forget()
+    assert repr(prepare.active_contract()) == repr(plain)
+    (prepare.cache_dir() / "active").write_bytes(b"\xff\xfe")
+    monkeypatch.delenv("AUTORESEARCH_CONTRACT")
+    forget()
+    assert prepare.active_contract()[0].name == ("climbmix" if torch.cuda.is_available() else "demo")
 
 
 def test_the_fingerprint_changes_with_budget_tokenizer_and_exam_and_nothing_else(

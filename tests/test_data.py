@@ -149,6 +149,23 @@ def test_without_a_network_the_host_and_the_way_out_are_named(command, cache):
     assert code == 1 and re.search("(?s)127.0.0.1.*refused.*prepare.py --contract demo", output)
 
 
+@pytest.mark.parametrize("endpoint", [
+    "hub.example", "http://", "ftp://me:hush@hub.example", "http://me:hush@[bad", "http://me:hush@127.0.0.1:99999",
+    "http://hub example"])
+def test_an_address_that_is_none_is_named_at_once_and_never_shown(endpoint, command, cache, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    code, output = command()
+    assert code == 1 and "\nFAIL: HF_ENDPOINT is no address like" in output and "hush" not in output
+
+
+def test_a_proxys_password_is_not_shown(hub, command, cache, monkeypatch):
+    monkeypatch.setattr(prepare, "PATIENCE", 0.6)
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
+    monkeypatch.setenv("http_proxy", "http://me:hush@127.0.0.1:99999")
+    code, output = command()
+    assert code == 1 and "127.0.0.1" in output and "hush" not in output
+
+
 @pytest.mark.parametrize("after", [
     lambda left, body: left, lambda left, body: b"junk" * 700, lambda left, body: body + b"more",
 ], ids=["half", "junk", "too much"])
@@ -192,6 +209,15 @@ def test_a_complete_cache_is_left_alone_and_only_what_is_gone_or_spoilt_is_made_
     for name in good:
         (cache / name).unlink()
         assert command()[0] == 0 and state_of(cache) == good, name
+    (cache / "shards").write_text("no number")  # the default, here all that exist
+    with open(cache / "SHA256SUMS", "a") as sums:
+        sums.write(f"{'0' * 64}  parquet/{SHARDS[0]}\n")
+    assert command()[0] == 0 and (cache / "parquet" / SHARDS[0]).exists()
+    (cache / "tokens" / f"{SHARDS[0]}.bin").write_bytes(b"odd")
+    with pytest.raises(prepare.Failure, match=f"cannot read .*{SHARDS[0]}.bin .*delete it"):
+        next(prepare.make_dataloader(prepare.Tokenizer.from_directory(), 1, 32, "train"))
+    (cache / "tokens" / f"{SHARDS[0]}.bin").unlink()
+    assert command()[0] == 0 and state_of(cache) == good
     for path in (cache / name for name in ("val.bin", "test.bin", "tokenizer.tiktoken")):
         path.write_bytes(acts.flipped(path.read_bytes()))
         code, output = command()
@@ -412,6 +438,8 @@ def test_a_split_too_short_for_the_exam_repeats_and_says_so_and_one_without_a_ro
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "other"))
     code, output = command()
     assert code == 1 and re.search("FAIL: .*test.*short", output)
+    put(prepare.active_contract()[0].folder, {SHARDS[3]: parquet(some_texts(3))})  # what a hand replaces is read
+    assert command()[0] == 0
 
 
 def test_the_demo_corpus_is_long_docstrings_once_each_split_by_module_and_written_alike_again(

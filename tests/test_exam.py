@@ -581,9 +581,11 @@ def test_a_scored_run_leaves_one_line_that_says_what_ran_and_whether_it_trained(
 
 
 def test_a_score_is_returned_and_its_line_printed_when_the_file_cannot_be_written(tiny, capsys):
-    Path("runs.jsonl").mkdir()
-    bpb = prepare.evaluate_bpb(Small(tiny.get_vocab_size()), tiny, 16)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bpb"] == bpb
+    for spoil in (lambda: Path("runs.jsonl").symlink_to("/dev/full"), lambda: Path("runs.jsonl").mkdir()):
+        spoil()
+        bpb = prepare.evaluate_bpb(Small(tiny.get_vocab_size()), tiny, 16)
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["bpb"] == bpb
+        Path("runs.jsonl").is_dir() or Path("runs.jsonl").unlink()
 
 
 def test_a_run_is_what_it_was_when_it_began_whatever_is_edited_later(tiny, monkeypatch, tmp_path):

@@ -278,6 +278,8 @@ def test_a_diverged_run_ends_at_once_with_the_loss_and_the_step(loss, shown, ste
     ("HEAD_DIM", 63, ("HEAD_DIM is 63", "a multiple of 4")),
     ("HEADS_PER_KV_HEAD", 3, ("HEADS_PER_KV_HEAD is 3", "a divisor of the 2 heads")),
     ("BIGRAM_ROWS", -1, ("BIGRAM_ROWS is -1", "at least 0")),
+    ("SHORT_WINDOW", -1, ("SHORT_WINDOW is -1", "at least 0")),
+    ("SOFTCAP", None, ("SOFTCAP is None", "at most 79")),
     ("SHIFTED_CHANNELS", 33, ("SHIFTED_CHANNELS is 33", "at most the width, 32")),
     ("SOFTCAP", 100, ("SOFTCAP is 100", "at most 79")),
     ("DEVICE_BATCH_SIZE", 0, ("DEVICE_BATCH_SIZE is 0", "at least 1")),
@@ -305,6 +307,29 @@ def test_a_knob_may_be_one_value_for_all_devices_or_one_for_each(steps, monkeypa
     monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", {"cuda": 1, "mps": 2, "cpu": 16})
     train.main()
     assert summary_of(capsys.readouterr().out)["depth"] == "4" and steps[0][1] == [(16, 32)]
+
+
+@pytest.mark.parametrize("add", [
+    lambda module: setattr(module, "gain", nn.Parameter(torch.empty(3))),
+    lambda module: module.register_buffer("gain", torch.empty(3), persistent=False)], ids=["parameter", "buffer"])
+def test_what_nobody_filled_is_named(add, small, monkeypatch):
+    """Memory that was used before holds anything: numbers of one run, and others in the next."""
+    class Own(train.MLP):
+        def __init__(self, config):
+            super().__init__(config)
+            add(self)
+
+    monkeypatch.setattr(train, "MLP", Own)
+    assert failure().startswith("FAIL: h.0.mlp.gain, h.1.mlp.gain: left as torch.empty made it")
+
+
+def test_evidence_names_the_file_that_ran_though_it_was_edited_in_warm_up(steps, monkeypatch, tmp_path):
+    script, check = tmp_path / "train.py", prepare.check_model
+    script.write_text("as it ran")
+    monkeypatch.setattr(prepare, "SCRIPT", script)
+    monkeypatch.setattr(prepare, "check_model", lambda *a: (script.write_text("edited"), check(*a)))
+    prepare.run_main(train.main)
+    assert evidence()[0]["train_sha256"] == hashlib.sha256(b"as it ran").hexdigest()
 
 
 def test_a_model_that_sees_the_future_fails_in_warm_up(steps, monkeypatch):

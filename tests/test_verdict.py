@@ -15,6 +15,7 @@ class Night:
 
     def __init__(self, monkeypatch):
         self.head, self.lines = "basebas", "0\t0\ttrain.py"
+        monkeypatch.setattr(prepare, "HERE", Path())
         monkeypatch.setattr(prepare, "_git", lambda *arguments: self.head if "rev-parse" in arguments else self.lines)
         Path("results.tsv").write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n")
         Path("runs.jsonl").write_text("")
