@@ -214,7 +214,8 @@ def test_changing_scalars_compile_nothing_anew_and_few_numbers_nothing(compilati
     for device, kinds in ("meta", ("muon", "adamw")), ("cpu", ("muon",)):
         torch._dynamo.reset()
         compilations.clear()
-        model, optimizer = train.build(CONFIG, torch.device(device), torch.float32, True, 0)
+        model = train.GPT(CONFIG).to(device)
+        optimizer = train.MuonAdamW(train.parameter_groups(model), compiled=True)
         sizes = {(g["kind"], p.shape): p.numel() * (len(g["params"]) if g["kind"] == "muon" else 1)
                  for g in optimizer.param_groups for p in g["params"]}
         large = [kind for (kind, _), size in sizes.items() if size >= 1000 and kind in kinds]
