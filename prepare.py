@@ -228,6 +228,14 @@ def _noted_sums(contract: Contract) -> dict[str, str]:
     return {}
 
 
+def _noted_shards(contract: Contract) -> int:
+    """Training shards that were prepared last; DEFAULT_SHARDS where no number says so."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        if (shards := int((contract.folder / "shards").read_text())) > 0:
+            return shards
+    return DEFAULT_SHARDS
+
+
 def _progress(label: str, total: float | None, unit: str) -> tqdm.tqdm:
     """A bar on a terminal; a log gets the line that announces the job."""
     if not sys.stdout.isatty():
@@ -600,10 +608,7 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
     """
     folder = contract.folder
     with _locked(folder):
-        noted = folder / "shards"
-        if not shards:
-            text = noted.read_text().strip() if noted.exists() else ""
-            shards = int(text) if re.fullmatch("0*[1-9][0-9]*", text) else DEFAULT_SHARDS
+        shards = shards or _noted_shards(contract)
         parts = contract.train(shards)
         names = list(dict.fromkeys(name for name, _, _ in [*parts, contract.val, contract.test]))
         (folder / "parquet").mkdir(exist_ok=True)
@@ -635,7 +640,7 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
         if before and now != before:
             print("note: the tokenizer or the exam is not that of before; the fingerprint says so")
         _note(folder / "SHA256SUMS", "".join(f"{now[name]}  {name}\n" for name in made))
-        _note(noted, str(shards))
+        _note(folder / "shards", str(shards))
     return tokenizer
 
 
@@ -678,8 +683,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, buffer_siz
     contract, device, epoch = active_contract()[0], torch.device(device or default_device()), 0
     if not tokenizer.belongs_to(contract):
         raise Failure(f"{contract.folder} was made with another tokenizer; run: uv run prepare.py")
-    shards = int((contract.folder / "shards").read_text())
-    parts = contract.train(shards) if split == "train" else [getattr(contract, split)]
+    parts = contract.train(_noted_shards(contract)) if split == "train" else [getattr(contract, split)]
     if split == "train":
         _RUN.begin()
 
