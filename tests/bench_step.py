@@ -5,8 +5,8 @@ Time the training step of train.py and of another commit's train.py, in turn, in
 
 Each version has its own knobs, the active contract's context and vocabulary, and random tokens: no
 data is needed. Prints the milliseconds of each stage, medians and range of ROUNDS rounds of STEPS
-steps, and the ratio of a token's time; equal versions gave 0.97 to 1.01 on two cores that others use (n = 6). 3c96724
-and later have the names used here.
+steps, and the ratio of a token's time; equal versions gave 0.97 to 1.01 on two cores that others
+use (n = 6). 3c96724 and later have the names used here.
 """
 
 import importlib.util
