@@ -228,18 +228,23 @@ def test_the_network_is_the_one_of_its_description(bigram_rows, n_kv_head, shift
         assert b.any() and (a - b).norm() <= 1e-3 * b.norm(), name
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])  # of the token after the next
 @pytest.mark.parametrize("scale", [1, 1e3, 1e5])  # logits far from the cap, near it, and all at it
-def test_logits_are_soft_capped_and_the_loss_is_their_cross_entropy(scale):
+def test_logits_are_soft_capped_and_the_loss_is_their_cross_entropy(scale, weight):
     """Oracle: torch's cross_entropy of the logits in float64; float32 rounding lies between."""
     model, idx, targets = built(), some_tokens(), some_tokens(seed=1)
     with torch.no_grad():
+        model.next_but_one.fill_(weight)
         model.lm_head.weight.mul_(scale)
     logits = model(idx)
     assert logits.shape == (3, 24, 50) and logits.dtype == torch.float32
     assert (logits.abs().max() == train.SOFTCAP) == (scale == 1e5) and logits.abs().max() <= train.SOFTCAP
     if scale < 1e5:  # where rounding moves no sign
         torch.testing.assert_close(logits, by_hand(model, idx), rtol=1e-4, atol=1e-4)
-    expected = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten())
+    double = logits.double().transpose(1, 2)  # (B, V, T)
+    after = F.cross_entropy(double[..., :-1], targets[:, 1:], reduction="sum")
+    expected = F.cross_entropy(double, targets, reduction="sum") + weight * after
+    expected = expected / (3 * 24 + weight * 3 * 23)  # a weighted mean
     seen = model(idx, targets)
     assert seen.shape == ()
     torch.testing.assert_close(seen.double(), expected, rtol=1e-6, atol=0)
