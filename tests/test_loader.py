@@ -133,10 +133,12 @@ def test_the_other_splits_are_packed_alike_from_their_own_shard(tiny, split, sha
     assert torch.equal(torch.cat([y for _, y, _ in batches]), expected[:, 1:])
 
 
-def test_another_tokenizer_is_refused(tiny):
+def test_another_tokenizer_and_a_split_that_there_is_not_are_refused(tiny):
     other = prepare.Tokenizer({bytes([i]): i for i in range(256)})
     with pytest.raises(prepare.Failure, match="tokenizer"):
         next(prepare.make_dataloader(other, 2, 32, "train", device="cpu"))
+    with pytest.raises(prepare.Failure, match="no split 'training'; use train, val or test"):
+        prepare.make_dataloader(tiny, 2, 32, "training", device="cpu")
 
 
 @pytest.mark.cuda

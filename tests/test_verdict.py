@@ -115,6 +115,7 @@ def test_other_contracts_splits_edited_files_second_exams_broken_lines_and_earli
     with open("results.tsv", "a") as ledger:
         ledger.write("\ncrashed\t\t\tcrash\twide\nold\t0.000000\t0.0\tcrash\n\nunknown\t0.1\t1.0\tkeep\tno line end")
     assert night.verdict(1.481) == "run SEED=43"
+    assert "note: newnewn evaluates more than once; the first score of a run counts\n" in prepare.verdict()
     night.run("bestbes", 42, 1.0)
     night.row("keep")
     night.baseline("morning", 2.0, 2.1, 2.001, 2.1, memory=3000)
