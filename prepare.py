@@ -202,9 +202,14 @@ def _write(path: Path, pieces: Iterable[bytes]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _newer(made: Path, source: Path) -> bool:
-    """Whether a file was made, and since its source was: that may have been replaced by hand."""
-    return made.exists() and made.stat().st_mtime_ns >= source.stat().st_mtime_ns
+def _dated(made: Path, source: Path) -> None:
+    """Give a file its source's time, which says whether that was replaced by hand since: see _made_from."""
+    time = source.stat().st_mtime_ns
+    os.utime(made, ns=(time, time))
+
+
+def _made_from(made: Path, source: Path) -> bool:
+    return made.exists() and made.stat().st_mtime_ns == source.stat().st_mtime_ns
 
 
 def _note(path: Path, text: str) -> None:
@@ -277,13 +282,11 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
     """Download parquet files in parallel; raises Failure that names each missing one, and why."""
     session, folder = _session(workers), contract.folder / "parquet"
     base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
-    try:
-        parts = urlsplit(base)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or len(base.split()) > 1:  # its value, which may hold a password, is not shown
-        raise Failure("HF_ENDPOINT is no address like https://huggingface.co; set it again, or unset it")
+    proxies = {f"{scheme}_proxy": address if "://" in address else f"http://{address}"
+               for scheme, address in requests.utils.getproxies().items() if scheme in ("http", "https", "all")}
+    for name, address in {"HF_ENDPOINT": base, **proxies}.items():
+        if not _is_address(address):  # it may hold a password, and is not shown
+            raise Failure(f"{name} is no address like https://huggingface.co; set it again, or unset it")
     url = f"{base}/datasets/{contract.dataset}/resolve/main/"
     offline = "No network? `uv run prepare.py --contract demo` needs none."
     print(f"{len(names)} files to get from {_host(base)}", flush=True)
@@ -310,8 +313,11 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
                 except Failure as failure:
                     problems.append(f"  {name}: {failure}\n")
                 bar.set_postfix_str(f"{count}/{len(names)} files")
+        except KeyboardInterrupt:  # the process would wait for threads that wait for a silent server
+            print("FAIL: interrupted", file=sys.stderr, flush=True)
+            os._exit(1)
         finally:
-            stop.set()  # Ctrl-C or a full disk: let the threads end
+            stop.set()  # a full disk: let the threads end
     if problems:
         raise Failure(f"{len(problems)} of {len(names)} files are missing:\n{''.join(problems)}"
                       f"Run this again: what is complete is kept, what broke off goes on.\n{offline}")
@@ -365,6 +371,17 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm,
     raise Failure(f"{why}; gave up after attempt {attempt + 1}")
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        labels = (parts.hostname or "").rstrip(".").split(".")
+        rest = parts.path + parts.query + parts.fragment  # of a password with one of / ? #
+        return (parts.scheme in ("http", "https", "socks5", "socks5h", "socks4") and parts.port != 0
+                and all(1 <= len(label) < 64 for label in labels) and "@" not in rest and len(url.split()) == 1)
+    except ValueError:
+        return False
+
+
 def _host(url: str) -> str:
     return urlsplit(url).netloc.rpartition("@")[2]  # without a password
 
@@ -385,7 +402,7 @@ def _check_text_column(schema: pa.Schema) -> None:
 
 
 def _write_docstrings(folder: Path) -> None:
-    """Write the docstrings of PACKAGES, shuffled and split by stable hashes, as three parquet files."""
+    """Write the docstrings of PACKAGES, shuffled and split by stable hashes: those of three files that are missing."""
     print(f"reading the docstrings of {', '.join(PACKAGES)}", flush=True)
     split_of = {}
     for root in (Path(importlib.util.find_spec(package).origin).parent for package in PACKAGES):
@@ -398,11 +415,12 @@ def _write_docstrings(folder: Path) -> None:
             for text in map(inspect.cleandoc, re.findall(DOCSTRING, source, re.DOTALL)):
                 if len(text) >= MIN_DOCSTRING:
                     split_of.setdefault(text, {0: "val", 1: "test"}.get(digit, "train"))
-    for split in ("train", "val", "test"):
+    paths = {split: folder / f"{split}.parquet" for split in ("train", "val", "test")}
+    for split in (split for split, path in paths.items() if not path.exists()):
         texts = sorted((text for text in split_of if split_of[text] == split),
                        key=lambda text: hashlib.sha256(text.encode()).digest())
         pq.write_table(pa.table({"text": texts}), buffer := pa.BufferOutputStream())
-        _write(folder / f"{split}.parquet", [buffer.getvalue()])
+        _write(paths[split], [buffer.getvalue()])
 
 
 @contextlib.contextmanager
@@ -629,13 +647,15 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
             _write(folder / "tokenizer.tiktoken", [_train_tokenizer(contract, parts).to_bytes()])
         tokenizer = Tokenizer.from_directory(folder)
         for name in names:
-            if not _newer(folder / "tokens" / f"{name}.bin", folder / "parquet" / name):
+            tokens, source = folder / "tokens" / f"{name}.bin", folder / "parquet" / name
+            if not _made_from(tokens, source):
                 _tokenize(contract, name, tokenizer)
+                _dated(tokens, source)
         for split in ("val", "test"):
-            name = getattr(contract, split)[0]
-            if not _newer(folder / f"{split}.bin", folder / "tokens" / f"{name}.bin"):
-                rows = _pack_exam(contract, split, tokenizer.get_bos_token_id())
-                _write(folder / f"{split}.bin", [rows.tobytes()])
+            exam, tokens = folder / f"{split}.bin", folder / "tokens" / f"{getattr(contract, split)[0]}.bin"
+            if not _made_from(exam, tokens):
+                _write(exam, [_pack_exam(contract, split, tokenizer.get_bos_token_id()).tobytes()])
+                _dated(exam, tokens)
         now = {name: _sha256(folder / name) for name in made}
         if before and now != before:
             print("note: the tokenizer or the exam is not that of before; the fingerprint says so")
@@ -905,8 +925,11 @@ class _Run:
     def facts(self) -> dict:
         """What runs, as it is when first asked for: train.py may be edited meanwhile."""
         commit, dirty = _git("rev-parse", "HEAD"), None
-        if commit and OURS:
-            dirty = _git("rev-parse", f"HEAD:./{SCRIPT.name}") != _git("hash-object", SCRIPT.name)
+        if commit and OURS:  # the script, and what it imports from here
+            imported = {str(getattr(module, "__file__", None)) for module in list(sys.modules.values())}
+            own = (name for name in imported if name.startswith(f"{HERE}{os.sep}") and "site-packages" not in name)
+            changed = _git("status", "--porcelain", "--ignored", "--", str(SCRIPT), *own)
+            dirty = None if changed is None else changed != ""
         return {
             "commit": commit, "dirty": dirty,
             "script": SCRIPT.name if SCRIPT.is_file() else None,
@@ -946,7 +969,7 @@ class _Run:
         line = json.dumps({
             "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), **self.facts,
             "seed": torch.initial_seed() if self.seed is None else self.seed,
-            "contract": fingerprint(contract), "split": split, "bpb": bpb,
+            "contract": fingerprint(contract), "shards": _noted_shards(contract), "split": split, "bpb": bpb,
             "evaluation": self.evaluations, "tokens": self.tokens,
             "seconds": self.began and round(time.monotonic() - self.began, 1),
             "peak_memory_mb": peak_memory_mb(device), "device": device_name(device),
@@ -1011,13 +1034,16 @@ def verdict() -> str:
         raise Failure("--verdict compares commits, and git knows none here")
     ledger, evidence = (path.read_text("utf-8-sig", "replace").splitlines() if path.is_file() else []
                         for path in (HERE / "results.tsv", HERE / "runs.jsonl"))
-    rows = [[cell.strip().lower() for cell in f"{line}\t".split("\t")] for line in ledger if line.count("\t") > 2]
+    rows = [[cell.strip(' "*`_').lower() for cell in f"{line}\t".split("\t")]
+            for line in ledger if line.count("\t") > 2]
+    if ledger and not rows:
+        raise Failure("results.tsv has no line of cells with tabs between them; save it as UTF-8 text with tabs")
     rows = [(commit[:7], status, text) for commit, _, _, status, text, *_ in rows]
     for line in evidence:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # no line of ours, or cut off
             run = json.loads(line)
             ours = run["split"] == "val" and run.get("script", "train.py") == "train.py"
-            if ours and not run["dirty"]:
+            if ours and run["dirty"] is False:  # null: a script elsewhere, say
                 runs.append(run | {"commit": run["commit"][:7], "bpb": round(run["bpb"], 6)})
     again = any(run["commit"] == head and run.get("evaluation", 1) > 1 for run in runs)
     runs = [run for run in runs if run.get("evaluation", 1) == 1]
@@ -1026,13 +1052,15 @@ def verdict() -> str:
         return [run.get(what) or 1 for run in runs if (run["commit"], run["seed"]) == (commit, seed)]
 
     if not of(head, 42):
-        return f"verdict: run SEED=42 (runs.jsonl has no such run of {head} as committed, on the split val)"
-    for same in ("contract", "device"):
+        seeds = sorted({run["seed"] for run in runs if run["commit"] == head})
+        others = f"; it has seeds {seeds}: does train.py set one?" if seeds else ""
+        return f"verdict: run SEED=42 (runs.jsonl has no such run of {head} as committed, on the split val{others})"
+    for same in ("contract", "device", "shards", "torch", "prepare_sha256"):
         runs = [run for run in runs if (run.get(same) or 1) == of(head, 42, same)[-1]]
     scored = [row for row in reversed(rows) if of(row[0], 42)]
     baseline = re.compile(r"baseline\W*(seed\W*\d+\W*)?")
     base = next((commit for commit, _, text in scored if baseline.fullmatch(text)), head)
-    best = next((commit for commit, status, _ in scored if status == "keep"), base)
+    best = next((commit for commit, status, _ in scored if status.startswith(("keep", "kept"))), base)
     missing = [f"SEED={seed}" for seed in (42, 43) for _ in range(2 - len(of(base, seed)))]
     if missing:
         more = f"{len(missing)} more run{'s' * (len(missing) > 1)}"

@@ -59,10 +59,12 @@ def compilations(monkeypatch, parts):
     from torch._dynamo.testing import CompileCounter  # takes a second
 
     torch._dynamo.reset()
+    train.compiled_step.cache_clear()
     counter, compile = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, **options, backend=counter))
     yield counter
     torch._dynamo.reset()
+    train.compiled_step.cache_clear()
 
 
 def write_shard(path: Path, texts: list[str]) -> None:

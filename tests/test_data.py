@@ -151,19 +151,22 @@ def test_without_a_network_the_host_and_the_way_out_are_named(command, cache):
 
 @pytest.mark.parametrize("endpoint", [
     "hub.example", "http://", "ftp://me:hush@hub.example", "http://me:hush@[bad", "http://me:hush@127.0.0.1:99999",
-    "http://hub example"])
+    "http://hub example", "http://hub..example", f"http://{'a' * 64}.example", "http://me:12/hush@hub.example"])
 def test_an_address_that_is_none_is_named_at_once_and_never_shown(endpoint, command, cache, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     code, output = command()
     assert code == 1 and "\nFAIL: HF_ENDPOINT is no address like" in output and "hush" not in output
 
 
-def test_a_proxys_password_is_not_shown(hub, command, cache, monkeypatch):
+@pytest.mark.parametrize("password, words", [
+    ("hush", "(?s)cannot reach hub.example.*refused"), ("hu/sh", "http_proxy is no address"),
+    ("hu#sh", "http_proxy is no address")])
+def test_a_proxys_password_is_not_shown(password, words, hub, command, cache, monkeypatch):
     monkeypatch.setattr(prepare, "PATIENCE", 0.6)
     monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
-    monkeypatch.setenv("http_proxy", "http://me:hush@127.0.0.1:99999")
+    monkeypatch.setenv("http_proxy", f"http://me:{password}@127.0.0.1:9")
     code, output = command()
-    assert code == 1 and "127.0.0.1" in output and "hush" not in output
+    assert code == 1 and re.search(words, output) and "me:" not in output
 
 
 @pytest.mark.parametrize("after", [
@@ -222,6 +225,17 @@ def test_a_complete_cache_is_left_alone_and_only_what_is_gone_or_spoilt_is_made_
         path.write_bytes(acts.flipped(path.read_bytes()))
         code, output = command()
         assert code == 0 and state_of(cache) == good and str(path) in output
+
+
+def test_text_in_the_place_of_other_text_is_packed_anew_however_old_its_file_is(command, cache, shards, good):
+    put(cache, shards)
+    assert command()[0] == 0
+    before = exam_rows("val").tolist()
+    for body, same in ((shards[SHARDS[0]], False), (shards[SHARDS[4]], True)):
+        put(cache, {SHARDS[4]: body})
+        os.utime(cache / "parquet" / SHARDS[4], (same, same))  # as `mv` and `cp -p` leave it
+        assert command()[0] == 0 and (exam_rows("val").tolist() == before) == same
+    assert state_of(cache) == good
 
 
 STRINGS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
@@ -319,6 +333,17 @@ def test_a_kill_just_before_any_file_gets_its_name_is_made_good_by_the_next_run(
     output, errors = start(RENAMES).communicate(timeout=120)
     assert re.fullmatch(r"\[(9, ){5,}0\]", output.splitlines()[-1]), errors
     assert state_of(cache) == good
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_says_nothing(hub, cache, start):
+    hub.always[SHARDS[0]] = acts.stall
+    process = start("run_main(main)")  # with a minute's patience
+    while not hub.gets(SHARDS[0]):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=20)[1]
+    assert (process.returncode, errors) == (1, "FAIL: interrupted\n")
 
 
 def test_ctrl_c_while_tokenizing_ends_in_one_line_and_leaves_no_half_file(hub, cache, start):
@@ -457,5 +482,9 @@ def test_the_demo_corpus_is_long_docstrings_once_each_split_by_module_and_writte
     assert rows.shape == (2**17 // 256, 257) and len(np.unique(rows, axis=0)) == len(rows)
     shutil.copytree(demo, tmp_path / "copy")
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "copy"))
-    (tmp_path / "copy" / "demo" / "parquet" / "train.parquet").unlink()
+    train, val = (tmp_path / "copy" / "demo" / "parquet" / f"{name}.parquet" for name in ("train", "val"))
+    train.unlink()
     assert command()[0] == 0 and state_of(tmp_path / "copy" / "demo") == state_of(demo / "demo")
+    shutil.copy(val, train)  # text of one's own
+    val.unlink()
+    assert command()[0] == 0 and val.exists() and pq.read_table(train)["text"].to_pylist() == texts[1]

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -551,8 +552,8 @@ def test_honest_models_of_many_kinds_pass_on_the_gpu(long_exam, kind, dtype):
 
 # Evidence, held-out split, watchdog
 
-KEYS = {"time", "commit", "dirty", "script", "train_sha256", "prepare_sha256", "contract", "split", "bpb",
-        "evaluation", "seconds", "tokens", "peak_memory_mb", "device", "torch", "seed"}
+KEYS = {"time", "commit", "dirty", "script", "train_sha256", "prepare_sha256", "contract", "shards", "split",
+        "bpb", "evaluation", "seconds", "tokens", "peak_memory_mb", "device", "torch", "seed"}
 
 
 def test_a_scored_run_leaves_one_line_that_says_what_ran_and_whether_it_trained(tiny):
@@ -578,6 +579,30 @@ def test_a_scored_run_leaves_one_line_that_says_what_ran_and_whether_it_trained(
     *_, last = evidence()
     assert [line["evaluation"] for line in evidence()[1:]] == [1, 2, 1]
     assert set(last) == KEYS and last["seconds"] is None and last["tokens"] == 0
+
+
+FACTS = """import conf, json, pathlib, prepare
+def facts():
+    vars(prepare._RUN).pop("facts", None)
+    return [prepare._RUN.facts[name] for name in ("dirty", "script")]
+seen = [facts()]
+pathlib.Path("conf.py").write_text("LR = 2")
+print(json.dumps([*seen, facts()]))
+"""
+
+
+def test_what_a_script_imports_from_here_is_part_of_it_and_a_script_elsewhere_is_another(tmp_path):
+    shutil.copy(ROOT / "prepare.py", tmp_path)
+    (tmp_path / "old").mkdir()
+    for name, text in ("conf.py", "LR = 1"), ("train.py", FACTS), ("old/train.py", FACTS):
+        (tmp_path / name).write_text(text)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "as it is"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    seen = [json.loads(subprocess.run([sys.executable, name], cwd=tmp_path, env=os.environ | {"PYTHONPATH": "."},
+                                      capture_output=True, text=True, check=True).stdout)
+            for name in ("train.py", "old/train.py")]
+    assert seen == [[[False, "train.py"], [True, "train.py"]], [[None, "train.py"]] * 2]
 
 
 def test_a_score_is_returned_and_its_line_printed_when_the_file_cannot_be_written(tiny, capsys):

@@ -253,6 +253,12 @@ def test_logits_are_soft_capped_and_the_loss_is_their_cross_entropy(scale, weigh
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
 
 
+def test_a_model_left_in_eval_mode_still_trains_all_its_weights():
+    model = built(bigram_rows=1000).eval()
+    model(some_tokens(), some_tokens(seed=1)).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
 def test_neither_later_tokens_nor_a_shorter_context_change_an_earlier_logit():
     model, idx = built(bigram_rows=1000, shifted=16), some_tokens(B=1)
     torch.testing.assert_close(model(idx[:, :11]), model(idx)[:, :11])

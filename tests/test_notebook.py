@@ -213,14 +213,17 @@ def test_runs_jsonl_names_contract_machine_and_hours_and_what_it_or_the_rows_do_
     place = {"contract": "demo-1a2b3c4d", "device": "8 cores"}
     night = [line("a", 1.5, time=f"2026-11-2{time}:00+00:00", **place) for time in ("5T22:00", "6T05:30")]
     evidence = [line("a", 1.5000004), line("b", 1.7), line("c", 1.4, dirty=True), line("d", 1.3, dirty=None), "{half",
-                line("e", 1.3, evaluation=2), line("f", 1.3, script="try2.py"), line("g", 1.3, evaluation=1), "[]"]
-    rows = ["a 1.500000 keep baseline", "b 1.6 discard x", "c 1.4 keep y", *(f"{c} 1.3 keep z" for c in "defgh")]
+                line("e", 1.3, evaluation=2), line("f", 1.3, script="try2.py"), line("g", 1.3, evaluation=1), "[]",
+                line("i", 1.3, script=None, dirty=None)]
+    rows = ["a 1.500000 keep baseline", "b 1.6 discard x", "c 1.4 keep y", *(f"{c} 1.3 keep z" for c in "defghijj")]
     names = execute(short(*rows), "\n".join([*night, *evidence]))
     assert "scores that no row has (1): b000000 1.700000" in capsys.readouterr().out
-    assert names["axes"].get_title(loc="left") == "demo-1a2b3c4d · 8 cores · 7.5 hours · 8 runs"
+    assert names["axes"].get_title(loc="left") == "demo-1a2b3c4d · 8 cores · 7.5 hours · 11 runs"
     assert dict(zip(names["doubts"]["commit"], names["doubts"]["problem"])) == {
         "b": "its runs scored 1.700000", "c": "train.py was not as committed",
-        "e": "picked among several evaluations of one run", "f": "the run was of try2.py", "h": "no run of this commit"}
+        "d": "nobody knows whether train.py was as committed",
+        "e": "picked among several evaluations of one run", "f": "the run was of try2.py", "h": "no run of this commit",
+        "i": "the run was of no script", "j": "written twice"}
 
 
 @pytest.mark.parametrize("content", [log(BASELINE, BETTER, CRASH), None], ids=["a night", "no results.tsv"])

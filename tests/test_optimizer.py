@@ -207,6 +207,28 @@ def test_what_is_no_matrix_in_a_block_trains_with_adamw():
         torch.testing.assert_close(p.detach(), old - train.RESID_LR)
 
 
+def test_a_table_in_a_block_trains_as_tables_do():
+    model = train.GPT(CONFIG)
+    model.h[1].attn.table = torch.nn.Embedding(50, 64)
+    group, wte = (next(g for g in train.parameter_groups(model) if g["params"][0] is table.weight)
+                  for table in (model.h[1].attn.table, model.wte))
+    assert (group["kind"], group["lr"]) == ("adamw", wte["lr"])
+
+
+def test_a_second_optimizer_compiles_nothing_anew(compilations, monkeypatch):
+    """After warm-up there is one: that must cost the clock nothing."""
+    torch._dynamo.reset()
+    compilations.clear()
+    model, counts = train.GPT(CONFIG), []
+    for _ in range(2):
+        optimizer = train.build_optimizer(model, True, torch.float32)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        counts.append(compilations.frame_count)
+    assert counts[0] == counts[1] > 0
+
+
 def test_changing_scalars_compile_nothing_anew_and_few_numbers_nothing(compilations, monkeypatch):
     """One compilation per kind of step and shape of large tensors; a CPU has AdamW from torch."""
     monkeypatch.setattr(train, "COMPILED_FROM", 1000)

@@ -1,6 +1,7 @@
 """The run: warm-up, clock, memory, seeds, the log, the summary, and how each failure ends."""
 
 import copy
+import functools
 import gc
 import getpass
 import hashlib
@@ -167,6 +168,38 @@ def test_warm_up_leaves_no_trace_not_even_in_buffers_and_gains_of_ones_own(small
     loader.close()
 
 
+class Wrapped(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "model" else getattr(self.model, name)
+
+    def forward(self, *batch):
+        return self.model(*batch)
+
+
+@pytest.mark.parametrize("wrap, put_back", [
+    (functools.partial(torch.compile, backend="eager"), True), (Wrapped, False)])
+def test_a_model_wrapped_in_main_begins_afresh_or_is_refused(wrap, put_back, small, monkeypatch):
+    build, clean, seen = train.build, [], []
+
+    def wrapped(*arguments):
+        model, optimizer = build(*arguments)
+        clean.append(copy.deepcopy(model.state_dict()))
+        return wrap(model) if len(clean) == 1 else model, optimizer
+
+    monkeypatch.setattr(train, "build", wrapped)
+    steps = watch_steps(monkeypatch, small, before=lambda model, *rest: seen.append(copy.deepcopy(model.state_dict())))
+    if not put_back:
+        assert failure().startswith("FAIL: warm-up changed resid_lambdas, and main's model has none of that name")
+        return
+    train.main()
+    begin = seen[train.WARMUP_STEPS]
+    assert len(steps) == 4 and all(torch.equal(begin[f"_orig_mod.{name}"], p) for name, p in clean[0].items())
+
+
 def test_accumulated_batches_step_as_one_batch_of_all_their_rows(small):
     """The losses and gradients are means: equal within float32 rounding, whatever the cut."""
     train.choose_attention(CPU)
@@ -312,18 +345,20 @@ def test_a_knob_may_be_one_value_for_all_devices_or_one_for_each(steps, monkeypa
     assert summary_of(capsys.readouterr().out)["depth"] == "4" and steps[0][1] == [(16, 32)]
 
 
-@pytest.mark.parametrize("add", [
-    lambda module: setattr(module, "gain", nn.Parameter(torch.empty(3))),
-    lambda module: module.register_buffer("gain", torch.empty(3), persistent=False)], ids=["parameter", "buffer"])
-def test_what_nobody_filled_is_named(add, small, monkeypatch):
-    """Memory that was used before holds anything: numbers of one run, and others in the next."""
+@pytest.mark.parametrize("add, words", [
+    (lambda module: setattr(module, "gain", nn.Parameter(torch.empty(3))), "left as torch.empty made it"),
+    (lambda module: module.register_buffer("gain", torch.empty(3), persistent=False), "left as torch.empty made it"),
+    (lambda module: setattr(module, "gain", nn.Parameter(torch.eye(8)[:, :4])), "add .contiguous()")])
+def test_what_nobody_filled_and_views_are_named(add, words, small, monkeypatch):
+    """Memory that was used before holds anything; torch's AdamW of a CPU steps what lies between a view's rows."""
     class Own(train.MLP):
         def __init__(self, config):
             super().__init__(config)
             add(self)
 
     monkeypatch.setattr(train, "MLP", Own)
-    assert failure().startswith("FAIL: h.0.mlp.gain, h.1.mlp.gain: left as torch.empty made it")
+    message = failure()
+    assert message.startswith("FAIL: h.0.mlp.gain, h.1.mlp.gain: ") and words in message
 
 
 def test_evidence_names_the_file_that_ran_though_it_was_edited_in_warm_up(steps, monkeypatch, tmp_path):

@@ -107,7 +107,8 @@ def test_missing_evidence_is_named(monkeypatch):
 
 def test_other_contracts_splits_edited_files_second_exams_broken_lines_and_earlier_sessions_do_not_count(night):
     for more in ({"dirty": True}, {"split": "test"}, {"evaluation": 2}, {"contract": "demo-2"}, {"commit": None},
-                 {"device": "H200"}, {"script": "sweep.py", "dirty": None}):
+                 {"device": "H200"}, {"script": "sweep.py", "dirty": None}, {"dirty": None},
+                 {"script": None, "dirty": None}, {"shards": 3}, {"torch": "9"}, {"prepare_sha256": "edited"}):
         night.run("basebas", 42, 9.0, **more)
         night.run("newnewn", 42, 0.1, **more)
     with open("runs.jsonl", "a") as evidence:
@@ -123,11 +124,21 @@ def test_other_contracts_splits_edited_files_second_exams_broken_lines_and_earli
     assert night.verdict() == "keep" and "noise: 0.001500" in prepare.verdict()
 
 
-def test_rows_count_however_a_hand_wrote_hash_status_and_baseline(night):
+@pytest.mark.parametrize("row", ["bestbes2222\t1.4\t1.0\tKeep", '"bestbes"\t"1.4"\t"1.0"\t"kept"\t"an idea"',
+                                 "bestbes\t1.4\t1.0\t**keep** (best)\tan idea"])
+def test_rows_count_however_a_hand_wrote_hash_status_and_baseline(night, row):
     rows = Path("results.tsv").read_text().replace("baseline", "Baseline (SEED=42)").replace("basebas", "BASEBAS1")
     night.run("bestbes", 42, 1.40)
-    Path("results.tsv").write_text(f"\ufeff{rows}bestbes2222\t1.4\t1.0\tKeep\n")
+    Path("results.tsv").write_text(f"\ufeff{rows}{row}\n")
     assert night.verdict(1.45) == "discard" and "noise: 0.030000" in prepare.verdict()
+    Path("results.tsv").write_text(rows.replace("\t", ","))
+    with pytest.raises(prepare.Failure, match="tabs between them"):
+        prepare.verdict()
+
+
+def test_a_run_of_other_seeds_alone_is_said(night):
+    night.run("newnewn", 1337, 1.4)
+    assert night.verdict().endswith("on the split val; it has seeds [1337]: does train.py set one?)")
 
 
 def test_what_git_does_not_know_is_said_and_tokens_nobody_counted_are_no_speed(night, monkeypatch):
