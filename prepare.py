@@ -190,22 +190,22 @@ def fingerprint(contract: Contract | None = None) -> str:
 # Files and progress
 
 
-def _write(path: Path, pieces: Iterable[bytes]) -> None:
-    """Give a file its name when it is whole. Writers hold the cache's lock: .tmp is theirs."""
+def _write(path: Path, pieces: Iterable[bytes], source: Path | None = None) -> None:
+    """Give a file its name when it is whole. Writers hold the cache's lock: .tmp is theirs.
+
+    What is made from a source gets its time, which says whether that was replaced by hand since.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.writelines(pieces)
+        if source:
+            time = source.stat().st_mtime_ns
+            os.utime(temporary, ns=(time, time))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _dated(made: Path, source: Path) -> None:
-    """Give a file its source's time, which says whether that was replaced by hand since: see _made_from."""
-    time = source.stat().st_mtime_ns
-    os.utime(made, ns=(time, time))
 
 
 def _made_from(made: Path, source: Path) -> bool:
@@ -304,9 +304,9 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
     problems, stop = [], threading.Event()
     bar = _progress(f"download {size / 1e6:,.0f} MB", size or None, "B")
     with session, bar, ThreadPoolExecutor(workers) as pool:
-        jobs = {name: pool.submit(_download, session, url + name, folder / name, bar, stop)
-                for name in names}
         try:
+            jobs = {name: pool.submit(_download, session, url + name, folder / name, bar, stop)
+                    for name in names}
             for count, (name, job) in enumerate(jobs.items(), 1):
                 try:
                     job.result()
@@ -402,7 +402,10 @@ def _check_text_column(schema: pa.Schema) -> None:
 
 
 def _write_docstrings(folder: Path) -> None:
-    """Write the docstrings of PACKAGES, shuffled and split by stable hashes: those of three files that are missing."""
+    """Write the docstrings of PACKAGES, split and shuffled by stable hashes, as three parquet files.
+
+    What is there, text of one's own say, stays.
+    """
     print(f"reading the docstrings of {', '.join(PACKAGES)}", flush=True)
     split_of = {}
     for root in (Path(importlib.util.find_spec(package).origin).parent for package in PACKAGES):
@@ -415,12 +418,14 @@ def _write_docstrings(folder: Path) -> None:
             for text in map(inspect.cleandoc, re.findall(DOCSTRING, source, re.DOTALL)):
                 if len(text) >= MIN_DOCSTRING:
                     split_of.setdefault(text, {0: "val", 1: "test"}.get(digit, "train"))
-    paths = {split: folder / f"{split}.parquet" for split in ("train", "val", "test")}
-    for split in (split for split, path in paths.items() if not path.exists()):
+    for split in ("train", "val", "test"):
+        path = folder / f"{split}.parquet"
+        if path.exists():
+            continue
         texts = sorted((text for text in split_of if split_of[text] == split),
                        key=lambda text: hashlib.sha256(text.encode()).digest())
         pq.write_table(pa.table({"text": texts}), buffer := pa.BufferOutputStream())
-        _write(paths[split], [buffer.getvalue()])
+        _write(path, [buffer.getvalue()])
 
 
 @contextlib.contextmanager
@@ -558,7 +563,7 @@ def _tokenize(contract: Contract, name: str, tokenizer: Tokenizer) -> None:
     with _opened(path) as file:
         groups = range(file.num_row_groups)
     with _progress(f"tokenize {name}", len(groups), " groups") as bar, ThreadPoolExecutor() as pool:
-        _write(target, (tokens for tokens in pool.map(encode, groups) if not bar.update()))
+        _write(target, (tokens for tokens in pool.map(encode, groups) if not bar.update()), path)
 
 
 def read_documents(contract: Contract, parts: list[Part], bos: int) -> Iterator[np.ndarray]:
@@ -647,15 +652,14 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
             _write(folder / "tokenizer.tiktoken", [_train_tokenizer(contract, parts).to_bytes()])
         tokenizer = Tokenizer.from_directory(folder)
         for name in names:
-            tokens, source = folder / "tokens" / f"{name}.bin", folder / "parquet" / name
-            if not _made_from(tokens, source):
+            if not _made_from(folder / "tokens" / f"{name}.bin", folder / "parquet" / name):
                 _tokenize(contract, name, tokenizer)
-                _dated(tokens, source)
         for split in ("val", "test"):
-            exam, tokens = folder / f"{split}.bin", folder / "tokens" / f"{getattr(contract, split)[0]}.bin"
+            name = getattr(contract, split)[0]
+            exam, tokens = folder / f"{split}.bin", folder / "tokens" / f"{name}.bin"
             if not _made_from(exam, tokens):
-                _write(exam, [_pack_exam(contract, split, tokenizer.get_bos_token_id()).tobytes()])
-                _dated(exam, tokens)
+                rows = _pack_exam(contract, split, tokenizer.get_bos_token_id())
+                _write(exam, [rows.tobytes()], tokens)
         now = {name: _sha256(folder / name) for name in made}
         if before and now != before:
             print("note: the tokenizer or the exam is not that of before; the fingerprint says so")
@@ -1026,8 +1030,8 @@ def verdict() -> str:
     """The keep rule of program.md for HEAD: its figures, and in the last line what follows from them.
 
     results.tsv beside this file says which commit is the baseline and which the best (the last kept
-    one), runs.jsonl has the scores. They compare seed by seed: most of what a seed
-    does, it does to all.
+    one), runs.jsonl has the scores. They compare seed by seed: most of what a seed does, it does to
+    all.
     """
     head, runs = (_git("rev-parse", "HEAD") or "")[:7], []
     if not head:
@@ -1042,8 +1046,8 @@ def verdict() -> str:
     for line in evidence:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # no line of ours, or cut off
             run = json.loads(line)
-            ours = run["split"] == "val" and run.get("script", "train.py") == "train.py"
-            if ours and run["dirty"] is False:  # null: a script elsewhere, say
+            committed = run["dirty"] is False and run.get("script", "train.py") == "train.py"
+            if committed and run["split"] == "val":  # dirty is null where nobody knows: a script elsewhere
                 runs.append(run | {"commit": run["commit"][:7], "bpb": round(run["bpb"], 6)})
     again = any(run["commit"] == head and run.get("evaluation", 1) > 1 for run in runs)
     runs = [run for run in runs if run.get("evaluation", 1) == 1]

@@ -215,10 +215,8 @@ def test_a_table_in_a_block_trains_as_tables_do():
     assert (group["kind"], group["lr"]) == ("adamw", wte["lr"])
 
 
-def test_a_second_optimizer_compiles_nothing_anew(compilations, monkeypatch):
+def test_a_second_optimizer_compiles_nothing_anew(compilations):
     """After warm-up there is one: that must cost the clock nothing."""
-    torch._dynamo.reset()
-    compilations.clear()
     model, counts = train.GPT(CONFIG), []
     for _ in range(2):
         optimizer = train.build_optimizer(model, True, torch.float32)
