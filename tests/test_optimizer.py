@@ -153,9 +153,10 @@ def test_an_optimizer_step_is_the_pure_steps_applied_to_every_parameter_with_a_g
             names = {"muon": ("momentum", "beta2"), "adamw": ("beta1", "beta2", "eps")}[group["kind"]]
             options = scalars(**{name: group[name] for name in ("lr", "weight_decay", *names)})
             if group["kind"] == "muon":
-                v = v[:, :1] if p.size(0) >= p.size(1) else v[:1]  # (rows, 1) or (1, cols)
-                tensors = (t[None] for t in (copy, p.grad, m, v))
-                train.muon_step(*tensors, **options, dtype=torch.float32)
+                for head in zip(*(t.chunk(group["heads"]) for t in (copy, p.grad, m, v))):
+                    copy_, grad, m_, v_ = (t[None] for t in head)
+                    v_ = v_[:, :, :1] if copy_.size(1) >= copy_.size(2) else v_[:, :1]  # of rows or columns
+                    train.muon_step(copy_, grad, m_, v_, **options, dtype=torch.float32)
             elif p.grad is not None:
                 train.adamw_step(copy, p.grad, m, v, **options, **scalars(step=step))
         optimizer.step()
@@ -171,8 +172,10 @@ def test_the_groups_cover_exactly_the_parameters(n_layer, bigram_rows):
     groups = train.parameter_groups(model)
     grouped = [p for group in groups for p in group["params"]]
     assert len(grouped) == len(set(grouped)) and set(grouped) == set(model.parameters())
-    muon = {p for group in groups if group["kind"] == "muon" for p in group["params"]}
-    assert muon == set(model.h.parameters())
+    heads = {p: group["heads"] for group in groups if group["kind"] == "muon" for p in group["params"]}
+    assert set(heads) == set(model.h.parameters())
+    by_head = {name.split(".", 2)[2] for name, p in model.h.named_parameters() if heads[p] == 2}
+    assert by_head == {"c_q.weight", "c_k.weight", "c_v.weight"}
     for group in groups:
         assert group["kind"] == "adamw" or len({p.shape for p in group["params"]}) == 1
         assert group["initial_lr"] == group["lr"] > 0
@@ -236,9 +239,9 @@ def test_changing_scalars_compile_nothing_anew_and_few_numbers_nothing(compilati
         compilations.clear()
         model = train.GPT(CONFIG).to(device)
         optimizer = train.MuonAdamW(train.parameter_groups(model), compiled=True)
-        sizes = {(g["kind"], p.shape): p.numel() * (len(g["params"]) if g["kind"] == "muon" else 1)
+        sizes = {(g["kind"], p.shape, g.get("heads")): p.numel() * (len(g["params"]) if g["kind"] == "muon" else 1)
                  for g in optimizer.param_groups for p in g["params"]}
-        large = [kind for (kind, _), size in sizes.items() if size >= 1000 and kind in kinds]
+        large = [kind for (kind, *_), size in sizes.items() if size >= 1000 and kind in kinds]
         for step in range(10):
             train.set_schedules(optimizer, 30 * step, step / 10)
             for p in model.parameters():
