@@ -137,13 +137,10 @@ def cache_dir() -> Path:
 @functools.cache
 def active_contract(named: str | None = None) -> tuple[Contract, str]:
     """The contract in force and why: the first of these that says one."""
-    remembered = ""
-    with contextlib.suppress(OSError, ValueError):  # none is there, or none that can be read
-        remembered = (cache_dir() / "active").read_text().strip()
     choices = [
         (named, "--contract"),
         (os.environ.get("AUTORESEARCH_CONTRACT"), "AUTORESEARCH_CONTRACT is set"),
-        (remembered, "last prepared by name"),
+        (_read(cache_dir() / "active").strip(), "last prepared by name"),
         (torch.cuda.is_available() and "climbmix", "torch sees a CUDA/ROCm device"),
         ("demo", "no CUDA/ROCm device, and nothing else prepared by name"),
     ]
@@ -213,8 +210,15 @@ def _made_from(made: Path, source: Path) -> bool:
 
 
 def _note(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text() != text:
+    if _read(path) != text:
         _write(path, [text.encode()])
+
+
+def _read(path: Path, errors: str = "strict") -> str:
+    """The text of a note or a table; empty if there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return path.read_text("utf-8-sig", errors)
+    return ""
 
 
 def _sha256(path: Path) -> str:
@@ -227,18 +231,14 @@ def _sha256(path: Path) -> str:
 
 def _noted_sums(contract: Contract) -> dict[str, str]:
     """{name: SHA-256} of the tokenizer and the exams as they were made; empty if they were not."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        lines = (contract.folder / "SHA256SUMS").read_text().splitlines()
-        return {name: digest for digest, name in map(str.split, lines)}
-    return {}
+    words = _read(contract.folder / "SHA256SUMS").split()
+    return dict(zip(words[1::2], words[::2]))
 
 
 def _noted_shards(contract: Contract) -> int:
     """Training shards that were prepared last; DEFAULT_SHARDS where no number says so."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        if (shards := int((contract.folder / "shards").read_text())) > 0:
-            return shards
-    return DEFAULT_SHARDS
+    noted = _read(contract.folder / "shards").strip()
+    return int(noted) if re.fullmatch("[1-9][0-9]*", noted) else DEFAULT_SHARDS
 
 
 def _progress(label: str, total: float | None, unit: str) -> tqdm.tqdm:
