@@ -1027,30 +1027,27 @@ def device_name(device: torch.device) -> str:
 
 
 def verdict() -> str:
-    """The keep rule of program.md for HEAD: its figures, and in the last line what follows from them.
+    """The keep rule of program.md for HEAD: its figures, and last what follows from them.
 
-    results.tsv beside this file says which commit is the baseline and which the best (the last kept
-    one), runs.jsonl has the scores. They compare seed by seed: most of what a seed does, it does to
-    all.
+    results.tsv says which commit is the baseline and which the best (the last kept one), runs.jsonl
+    has the scores. They compare seed by seed: most of what a seed does, it does to all.
     """
     head, runs = (_git("rev-parse", "HEAD") or "")[:7], []
     if not head:
         raise Failure("--verdict compares commits, and git knows none here")
-    ledger, evidence = (path.read_text("utf-8-sig", "replace").splitlines() if path.is_file() else []
-                        for path in (HERE / "results.tsv", HERE / "runs.jsonl"))
-    rows = [[cell.strip(' "*`_').lower() for cell in f"{line}\t".split("\t")]
-            for line in ledger if line.count("\t") > 2]
+    ledger = _read(HERE / "results.tsv", "replace").lower()
+    rows = [[cell.strip(' "*`_') for cell in f"{line}\t".split("\t")]
+            for line in ledger.splitlines() if line.count("\t") > 2]
     if ledger and not rows:
-        raise Failure("results.tsv has no line of cells with tabs between them; save it as UTF-8 text with tabs")
-    rows = [(commit[:7], status, text) for commit, _, _, status, text, *_ in rows]
-    for line in evidence:
+        raise Failure("results.tsv has no line of cells with tabs between them; save it as UTF-8 "
+                      "text with tabs")
+    for line in _read(HERE / "runs.jsonl", "replace").splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # no line of ours, or cut off
-            run = json.loads(line)
-            committed = run["dirty"] is False and run.get("script", "train.py") == "train.py"
-            if committed and run["split"] == "val":  # dirty is null where nobody knows: a script elsewhere
+            run = {"script": "train.py", "evaluation": 1} | json.loads(line)
+            if (run["script"], run["dirty"], run["split"]) == ("train.py", False, "val"):
                 runs.append(run | {"commit": run["commit"][:7], "bpb": round(run["bpb"], 6)})
-    again = any(run["commit"] == head and run.get("evaluation", 1) > 1 for run in runs)
-    runs = [run for run in runs if run.get("evaluation", 1) == 1]
+    again = any(run["commit"] == head and run["evaluation"] > 1 for run in runs)
+    runs = [run for run in runs if run["evaluation"] == 1]
 
     def of(commit: str, seed: int, what: str = "bpb") -> list:
         return [run.get(what) or 1 for run in runs if (run["commit"], run["seed"]) == (commit, seed)]
@@ -1058,13 +1055,15 @@ def verdict() -> str:
     if not of(head, 42):
         seeds = sorted({run["seed"] for run in runs if run["commit"] == head})
         others = f"; it has seeds {seeds}: does train.py set one?" if seeds else ""
-        return f"verdict: run SEED=42 (runs.jsonl has no such run of {head} as committed, on the split val{others})"
+        return (f"verdict: run SEED=42 (runs.jsonl has no such run of {head} as committed, "
+                f"on the split val{others})")
     for same in ("contract", "device", "shards", "torch", "prepare_sha256"):
         runs = [run for run in runs if (run.get(same) or 1) == of(head, 42, same)[-1]]
-    scored = [row for row in reversed(rows) if of(row[0], 42)]
+    scored = [(commit[:7], status, text) for commit, _, _, status, text, *_ in reversed(rows)
+              if of(commit[:7], 42)]
     baseline = re.compile(r"baseline\W*(seed\W*\d+\W*)?")
     base = next((commit for commit, _, text in scored if baseline.fullmatch(text)), head)
-    best = next((commit for commit, status, _ in scored if status.startswith(("keep", "kept"))), base)
+    best = next((commit for commit, status, _ in scored if status[:4] in ("keep", "kept")), base)
     missing = [f"SEED={seed}" for seed in (42, 43) for _ in range(2 - len(of(base, seed)))]
     if missing:
         more = f"{len(missing)} more run{'s' * (len(missing) > 1)}"
@@ -1079,8 +1078,8 @@ def verdict() -> str:
     change = [np.mean(of(head, seed)) - np.mean(of(best, seed)) for seed in both]
     mean = np.mean(change)
     tokens = [np.mean(of(head, s, "tokens")) / np.mean(of(best, s, "tokens")) - 1 for s in both]
-    slower = any(share < min(-0.05, -jitter) for share in tokens)
-    faster = any(share > max(0.05, jitter) for share in tokens)
+    apart = max(0.05, jitter)
+    faster = max(tokens) > apart
     changed = _git("diff", "--text", "--numstat", best, head, "--", "train.py")
     if changed is None:
         raise Failure(f"git does not know {best}, the best commit of results.tsv")
@@ -1095,16 +1094,18 @@ def verdict() -> str:
         sure = worth = -10 * noise
     if head == best:
         word = "this is the best commit; go on with the next idea"
+    elif change[0] >= worth:
+        word = "discard"
     elif change[0] < sure and not faster:  # else the machine may have been
         word = "keep"
-    elif change[0] < worth and len(change) == 2 and mean < limit:
-        word = "keep"
-    elif change[0] >= worth or len(change) == 2:
-        word = "discard"
+    elif len(change) == 2:
+        word = "keep" if mean < limit else "discard"
+    elif of(best, 43):
+        word = "run SEED=43"
     else:
-        word = f"run BEST under SEED=43 ({best}; after it, this one)" if not of(best, 43) else "run SEED=43"
+        word = f"run BEST under SEED=43 ({best}; after it, this one)"
     note = f"note: {head} evaluates more than once; the first score of a run counts\n" * again
-    speed = ": SLOWER" if slower else ": FASTER" if faster else ""
+    speed = ": SLOWER" if min(tokens) < -apart else ": FASTER" if faster else ""
     return f"""best {best}: SEED=42 {of(best, 42)}, SEED=43 {of(best, 43)}
 HEAD {head}: SEED=42 {of(head, 42)}, SEED=43 {of(head, 43)}
 noise: {noise:.6f}, 1.5 x the largest difference between equal runs (n = {len(equal)})
