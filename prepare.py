@@ -270,6 +270,8 @@ def _session(workers: int) -> requests.Session:
         adapter = requests.adapters.HTTPAdapter(max_retries=retry, pool_maxsize=workers)
         session.mount(scheme, adapter)
     session.headers["Accept-Encoding"] = "identity"
+    timeout = (min(10, PATIENCE), PATIENCE)  # to connect, and for the next byte
+    session.request = functools.partial(session.request, timeout=timeout)  # else it waits for ever
     os.environ["NETRC"] = os.devnull  # else requests sends what is in ~/.netrc
     if token := os.environ.get("HF_TOKEN", "").strip():  # redirects to other hosts do not get it
         if not re.fullmatch("[!-~]+", token):
@@ -282,16 +284,19 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
     """Download parquet files in parallel; raises Failure that names each missing one, and why."""
     session, folder = _session(workers), contract.folder / "parquet"
     base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
-    proxies = {f"{scheme}_proxy": address if "://" in address else f"http://{address}"
-               for scheme, address in requests.utils.getproxies().items() if scheme in ("http", "https", "all")}
-    for name, address in {"HF_ENDPOINT": base, **proxies}.items():
+    proxies = requests.utils.getproxies()
+    addresses = {"HF_ENDPOINT": base} | {
+        f"{scheme}_proxy": proxies[scheme] if "://" in proxies[scheme] else f"http://{proxies[scheme]}"
+        for scheme in ("http", "https", "all") if scheme in proxies}
+    for name, address in addresses.items():
         if not _is_address(address):  # it may hold a password, and is not shown
-            raise Failure(f"{name} is no address like https://huggingface.co; set it again, or unset it")
+            raise Failure(f"{name} is no address like https://huggingface.co; set it again, or "
+                          "unset it")
     url = f"{base}/datasets/{contract.dataset}/resolve/main/"
     offline = "No network? `uv run prepare.py --contract demo` needs none."
     print(f"{len(names)} files to get from {_host(base)}", flush=True)
     try:
-        headers = session.head(url + names[0], timeout=(min(10, PATIENCE), PATIENCE)).headers
+        headers = session.head(url + names[0]).headers
         size = int(headers.get("X-Linked-Size") or headers.get("Content-Length") or 0) * len(names)
     except requests.ConnectionError as error:
         raise Failure(f"cannot reach {_host(base)} ({_cause(error)}).\n{offline}") from error
@@ -301,40 +306,34 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
     if need > free:
         raise Failure(f"not enough disk: about {need:.1f} GB needed, {free:.1f} GB free in {folder}. "
                       "Free some, ask for fewer --num-shards, or move AUTORESEARCH_CACHE.")
-    problems, stop = [], threading.Event()
-    bar = _progress(f"download {size / 1e6:,.0f} MB", size or None, "B")
+    problems, bar = [], _progress(f"download {size / 1e6:,.0f} MB", size or None, "B")
     with session, bar, ThreadPoolExecutor(workers) as pool:
         try:
-            jobs = {name: pool.submit(_download, session, url + name, folder / name, bar, stop)
-                    for name in names}
-            for count, (name, job) in enumerate(jobs.items(), 1):
-                try:
-                    job.result()
-                except Failure as failure:
-                    problems.append(f"  {name}: {failure}\n")
+            jobs = pool.map(lambda name: _download(session, url + name, folder / name, bar), names)
+            for count, (name, problem) in enumerate(zip(names, jobs), 1):
+                if problem:
+                    problems.append(f"  {name}: {problem}\n")
                 bar.set_postfix_str(f"{count}/{len(names)} files")
         except KeyboardInterrupt:  # the process would wait for threads that wait for a silent server
             print("FAIL: interrupted", file=sys.stderr, flush=True)
             os._exit(1)
-        finally:
-            stop.set()  # a full disk: let the threads end
     if problems:
         raise Failure(f"{len(problems)} of {len(names)} files are missing:\n{''.join(problems)}"
                       f"Run this again: what is complete is kept, what broke off goes on.\n{offline}")
 
 
-def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm,
-              stop: threading.Event) -> None:
-    """Fetch a parquet file: to FILE.part, on by Range after a break, checked, then renamed."""
-    part, why = path.with_name(f"{path.name}.part"), "stopped"
+def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -> str | None:
+    """Fetch a parquet file: to FILE.part, on by Range after a break, checked, then renamed.
+
+    Returns why that failed, or None.
+    """
+    part = path.with_name(f"{path.name}.part")
     for attempt in range(ATTEMPTS):
-        if stop.wait(attempt and PATIENCE / 60 * 2**attempt):
-            break
+        time.sleep(attempt and PATIENCE / 60 * 2**attempt)
         start = part.stat().st_size if part.exists() else 0
-        options = dict(headers={"Range": f"bytes={start}-"} if start else {}, stream=True,
-                       timeout=(min(10, PATIENCE), PATIENCE))
+        asked = {"Range": f"bytes={start}-"} if start else {}
         try:
-            with session.get(url, **options) as response:
+            with session.get(url, headers=asked, stream=True) as response:
                 code, came = response.status_code, response.headers
                 resumed = came.get("Content-Range", "").startswith(f"bytes {start}-")
                 if code == 416 or (code == 206 and not resumed):
@@ -343,14 +342,12 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm,
                     continue
                 if code >= 400:
                     hint = "; is HF_TOKEN right?" if code in (401, 403) else ""
-                    raise Failure(f"HTTP {code} from {_host(response.url)}{hint}")
+                    return f"HTTP {code} from {_host(response.url)}{hint}"
                 with open(part, "ab" if resumed else "wb") as file:
                     bar.update(start if resumed else 0)
                     for chunk in response.iter_content(2**16):
                         file.write(chunk)
                         bar.update(len(chunk))
-                        if stop.is_set():
-                            raise Failure("stopped")
         except requests.RequestException as error:
             why = f"{_host(url)}: {_cause(error)}"
             continue
@@ -361,14 +358,15 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm,
             if declared not in (None, digest):
                 raise ValueError(f"SHA-256 is {digest[:12]}…, the server declares {declared[:12]}…")
             _check_text_column(pq.read_schema(part))
-            return os.replace(part, path)
+            os.replace(part, path)
+            return None
         except (pa.ArrowException, ValueError, OSError) as error:
             kind, problem = came.get("Content-Type", "something"), str(error).splitlines()[0]
             why = f"{kind} came: {problem[:120]}"
             part.unlink(missing_ok=True)
             if declared == digest:  # the source is like that
                 break
-    raise Failure(f"{why}; gave up after attempt {attempt + 1}")
+    return f"{why}; gave up after attempt {attempt + 1}"
 
 
 def _is_address(url: str) -> bool:
