@@ -786,8 +786,6 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
         _refuse_leaks(_probes(model, batches, nll, token_bytes, cuts=contract.max_seq_len - 1,
                               halvings=(batch_size - 1).bit_length()))
     nll, weights = torch.cat(nll)[: len(rows)], token_bytes[rows[:, 1:]]
-    if not nll.isfinite().all():
-        raise ExamError("model(x) returned non-finite logits in one of its batches")
     nats = nll.where(weights > 0, 0).cpu().double().sum().item()
     bpb = nats / (math.log(2) * weights.sum().item())
     _RUN.write_evidence(contract, split, bpb, rows.device)
@@ -862,8 +860,6 @@ def _refuse_leaks(probes: Iterable[Probe]) -> None:
     """Raise ExamError for the first probe that moves a target or the score further than it may."""
     for what, moved, weights in probes:
         moved, weights = moved.cpu().double(), weights.cpu()
-        if not moved.isfinite().all():
-            raise ExamError("model(x) returned non-finite logits")
         row, position = divmod(moved.abs().argmax().item(), moved.size(1))
         nats = moved[row, position].abs().item()
         worth = moved[weights > 0].sum().item() / (math.log(2) * max(weights.sum().item(), 1))
@@ -874,18 +870,19 @@ def _refuse_leaks(probes: Iterable[Probe]) -> None:
 
 
 def _nll(model: Callable, x: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """-ln p of each target, float32 (B, T); NaN if any logit is not finite. x, targets: int (B, T)."""
+    """-ln p of each target, float32 (B, T). x, targets: int (B, T). ExamError: these are no logits."""
     logits = model(x.to(torch.int64, copy=True))  # x alone: no storage that holds the targets
-    if not isinstance(logits, torch.Tensor) or logits.shape != (*x.shape, vocab_size):
-        seen = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        wanted = (*x.shape, vocab_size)
+    seen = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if seen != (wanted := (*x.shape, vocab_size)):
         raise ExamError(f"model(x) returned {seen}; the exam needs logits of shape {wanted}")
     _RUN.alive = time.monotonic()
     # Row by row, because float32 logits of all rows would be a second tensor of that size
-    nll = [F.cross_entropy(row.float(), target, reduction="none")
-           for row, target in zip(logits, targets.long())]
+    nll = torch.stack([F.cross_entropy(row.float(), target, reduction="none")
+                       for row, target in zip(logits, targets.long())])
     # A logit of -inf that is not the target's does not show in the loss
-    return torch.stack(nll).where(logits.amin().isfinite(), math.nan)
+    if not (nll.isfinite().all() and logits.amin().isfinite()):
+        raise ExamError("model(x) returned non-finite logits")
+    return nll
 
 
 @contextlib.contextmanager
