@@ -781,12 +781,10 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     places = torch.arange(batch_size, device=rows.device)
     # All batches have one size, so that they compile once: the last goes on with the first rows
     batches = [rows[(start + places) % len(rows)] for start in range(0, len(rows), batch_size)]
-    with _evaluating(model):
-        nll = [_nll(model, batch[:, :-1], batch[:, 1:], len(token_bytes)) for batch in batches]
-        _refuse_leaks(_probes(model, batches, nll, token_bytes, cuts=contract.max_seq_len - 1,
-                              halvings=(batch_size - 1).bit_length()))
-    nll, weights = torch.cat(nll)[: len(rows)], token_bytes[rows[:, 1:]]
-    nats = nll.where(weights > 0, 0).cpu().double().sum().item()
+    nll = _examine(model, batches, token_bytes, cuts=contract.max_seq_len - 1,
+                   halvings=(batch_size - 1).bit_length())
+    weights = token_bytes[rows[:, 1:]]
+    nats = nll[: len(rows)].where(weights > 0, 0).cpu().double().sum().item()
     bpb = nats / (math.log(2) * weights.sum().item())
     _RUN.write_evidence(contract, split, bpb, rows.device)
     return bpb
@@ -800,12 +798,9 @@ def check_model(model: Callable, batch_size: int) -> None:
     """
     tokenizer, device = Tokenizer.from_directory(), _device_of(model)
     rows = load_exam(active_contract()[0], "val", tokenizer)
-    token_bytes = tokenizer.get_token_bytes(device)
     batch = rows[np.random.default_rng().integers(len(rows), size=batch_size)].to(device)
-    with _evaluating(model):
-        nll = _nll(model, batch[:, :-1], batch[:, 1:], len(token_bytes))
-        _refuse_leaks(_probes(model, [batch], [nll], token_bytes, cuts=2 * batch_size,
-                              halvings=min(1, batch_size - 1)))
+    _examine(model, [batch], tokenizer.get_token_bytes(device), cuts=2 * batch_size,
+             halvings=min(1, batch_size - 1))
 
 
 def load_exam(contract: Contract, split: str, tokenizer: Tokenizer) -> torch.Tensor:
@@ -819,17 +814,41 @@ def load_exam(contract: Contract, split: str, tokenizer: Tokenizer) -> torch.Ten
     return torch.from_numpy(rows.astype(np.int32))
 
 
-Probe = tuple[str, torch.Tensor, torch.Tensor]  # what moves the model, nats and weights (n, T)
+def _examine(model: Callable, batches: list[torch.Tensor], token_bytes: torch.Tensor, cuts: int,
+             halvings: int) -> torch.Tensor:
+    """Return -ln p of the batches' targets, float32 (rows, T), in eval mode.
+
+    ExamError for the first probe that moves a target or the score further than it may.
+    """
+    training = [module for module in getattr(model, "modules", list)() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        nll = [_nll(model, batch[:, :-1], batch[:, 1:], len(token_bytes)) for batch in batches]
+        for what, moved, weights in _probes(model, batches, nll, token_bytes, cuts, halvings):
+            moved, weights = moved.cpu().double(), weights.cpu()
+            nats, position = moved.abs().max().item(), moved.abs().argmax().item() % moved.size(1)
+            worth = moved[weights > 0].sum().item() / (math.log(2) * max(weights.sum().item(), 1))
+            if nats > LEAK_NATS or abs(worth) > LEAK_BPB:
+                raise ExamError(
+                    f"the model {what}: the log-probability of a target moves by up to {nats:.3g} "
+                    f"nats, at position {position} (limit {LEAK_NATS}), and the score by {worth:.4f} "
+                    f"bits per byte (limit {LEAK_BPB})")
+        return torch.cat(nll)
+    finally:
+        for module in training:
+            module.training = True
+        _RUN.alive = None
 
 
 def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor, cuts: int,
-            halvings: int) -> Iterator[Probe]:
+            halvings: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Change what a model must not know, and score what it still has to know.
 
     batches: int (B, T + 1) each; nll: -ln p of their targets, (B, T) each. `cuts`: how many
     positions are tried, each in a row of its own; `halvings`: how often a batch is split in two,
-    to tell places apart. Nats: how much less probable the targets got. Weights: their bytes, 0 for
-    those that do not count.
+    to tell places apart. Yields what the model does if targets move; by how many nats they got
+    less probable, (rows, T); and their bytes, 0 for those that do not count.
     """
     (B, T), V = nll[0].shape, len(token_bytes)
     dice = np.random.default_rng()  # nobody can foresee it, and torch's own stays as it is
@@ -856,19 +875,6 @@ def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor
     yield "sees the future", torch.cat(moved), torch.cat(weights)
 
 
-def _refuse_leaks(probes: Iterable[Probe]) -> None:
-    """Raise ExamError for the first probe that moves a target or the score further than it may."""
-    for what, moved, weights in probes:
-        moved, weights = moved.cpu().double(), weights.cpu()
-        row, position = divmod(moved.abs().argmax().item(), moved.size(1))
-        nats = moved[row, position].abs().item()
-        worth = moved[weights > 0].sum().item() / (math.log(2) * max(weights.sum().item(), 1))
-        if nats > LEAK_NATS or abs(worth) > LEAK_BPB:
-            raise ExamError(f"the model {what}: the log-probability of a target moves by up to "
-                            f"{nats:.3g} nats, at position {position} (limit {LEAK_NATS}), and the "
-                            f"score by {worth:.4f} bits per byte (limit {LEAK_BPB})")
-
-
 def _nll(model: Callable, x: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """-ln p of each target, float32 (B, T). x, targets: int (B, T). ExamError: these are no logits."""
     logits = model(x.to(torch.int64, copy=True))  # x alone: no storage that holds the targets
@@ -885,22 +891,8 @@ def _nll(model: Callable, x: torch.Tensor, targets: torch.Tensor, vocab_size: in
     return nll
 
 
-@contextlib.contextmanager
-def _evaluating(model: Callable) -> Iterator[None]:
-    """Eval mode, and afterwards each module's mode as it was."""
-    modes = [(module, module.training) for module in getattr(model, "modules", list)()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        _RUN.alive = None
-
-
 def _device_of(model: Callable) -> torch.device:
-    parameters = model.parameters() if hasattr(model, "parameters") else ()
+    parameters = getattr(model, "parameters", list)()
     return next((parameter.device for parameter in parameters), default_device())
 
 
