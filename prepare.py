@@ -917,8 +917,9 @@ class _Run:
         """What runs, as it is when first asked for: train.py may be edited meanwhile."""
         commit, dirty = _git("rev-parse", "HEAD"), None
         if commit and OURS:  # the script, and what it imports from here
-            imported = {str(getattr(module, "__file__", None)) for module in list(sys.modules.values())}
-            own = (name for name in imported if name.startswith(f"{HERE}{os.sep}") and "site-packages" not in name)
+            files = {str(getattr(module, "__file__", None)) for module in [*sys.modules.values()]}
+            own = (file for file in files
+                   if file.startswith(f"{HERE}{os.sep}") and "site-packages" not in file)
             changed = _git("status", "--porcelain", "--ignored", "--", str(SCRIPT), *own)
             dirty = None if changed is None else changed != ""
         return {
@@ -960,16 +961,15 @@ class _Run:
         line = json.dumps({
             "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), **self.facts,
             "seed": torch.initial_seed() if self.seed is None else self.seed,
-            "contract": fingerprint(contract), "shards": _noted_shards(contract), "split": split, "bpb": bpb,
-            "evaluation": self.evaluations, "tokens": self.tokens,
+            "contract": fingerprint(contract), "shards": _noted_shards(contract), "split": split,
+            "bpb": bpb, "evaluation": self.evaluations, "tokens": self.tokens,
             "seconds": self.began and round(time.monotonic() - self.began, 1),
             "peak_memory_mb": peak_memory_mb(device), "device": device_name(device),
             "torch": torch.__version__,
         })
         try:
-            with open(EVIDENCE, "ab", buffering=0) as file:
-                if file.write(f"{line}\n".encode()) <= len(line):  # at once: lines of two runs do not mix
-                    raise OSError("the disk is full")
+            with open(EVIDENCE, "ab") as file:
+                file.write(f"{line}\n".encode())  # in one piece: lines of two runs do not mix
         except OSError as error:
             print(f"note: {EVIDENCE} could not be written ({error}); its line is:\n{line}")
 
