@@ -385,10 +385,10 @@ def _host(url: str) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason of a requests error, which wraps several; no URL, which may be signed."""
-    reason = getattr(error.args[0], "reason", None) if error.args else None
-    problem = str(reason or error).split(": ", 1)[-1].split(" with url")[0]
-    return re.sub(r"[^\s'\"/]+@", "", problem)[:200]  # a proxy's password
+    """The innermost reason of a requests error: the outer ones show URLs, signed ones too."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return (str(error) or repr(error))[:200]
 
 
 def _check_text_column(schema: pa.Schema) -> None:
