@@ -13,7 +13,7 @@ moves it). A file that has its name is whole. Of each contract:
     SHA256SUMS, shards      of the tokenizer and the exams; how many training shards are in use
 
 `evaluate_bpb` appends a line to runs.jsonl, beside the script that runs. Nobody edits this file
-during research: that makes runs incomparable, which the fingerprint or the hash in runs.jsonl shows.
+during research: runs become incomparable, which the fingerprint or the hash in runs.jsonl shows.
 """
 
 import importlib.util
@@ -284,10 +284,10 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
     """Download parquet files in parallel; raises Failure that names each missing one, and why."""
     session, folder = _session(workers), contract.folder / "parquet"
     base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
-    proxies = requests.utils.getproxies()
-    addresses = {"HF_ENDPOINT": base} | {
-        f"{scheme}_proxy": proxies[scheme] if "://" in proxies[scheme] else f"http://{proxies[scheme]}"
-        for scheme in ("http", "https", "all") if scheme in proxies}
+    addresses = {"HF_ENDPOINT": base}
+    for scheme, proxy in requests.utils.getproxies().items():
+        if scheme in ("http", "https", "all"):
+            addresses[f"{scheme}_proxy"] = proxy if "://" in proxy else f"http://{proxy}"
     for name, address in addresses.items():
         if not _is_address(address):  # it may hold a password, and is not shown
             raise Failure(f"{name} is no address like https://huggingface.co; set it again, or "
@@ -304,8 +304,8 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
         size = 0  # it does not say
     need, free = size * 5 / 2e9, shutil.disk_usage(folder).free / 1e9  # text, and tokens
     if need > free:
-        raise Failure(f"not enough disk: about {need:.1f} GB needed, {free:.1f} GB free in {folder}. "
-                      "Free some, ask for fewer --num-shards, or move AUTORESEARCH_CACHE.")
+        raise Failure(f"not enough disk: about {need:.1f} GB needed, {free:.1f} GB free in "
+                      f"{folder}. Free some, ask for fewer --num-shards, or move AUTORESEARCH_CACHE.")
     problems, bar = [], _progress(f"download {size / 1e6:,.0f} MB", size or None, "B")
     with session, bar, ThreadPoolExecutor(workers) as pool:
         try:
@@ -314,12 +314,13 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
                 if problem:
                     problems.append(f"  {name}: {problem}\n")
                 bar.set_postfix_str(f"{count}/{len(names)} files")
-        except KeyboardInterrupt:  # the process would wait for threads that wait for a silent server
+        except KeyboardInterrupt:  # the process would wait for threads, and they for a server
             print("FAIL: interrupted", file=sys.stderr, flush=True)
             os._exit(1)
     if problems:
-        raise Failure(f"{len(problems)} of {len(names)} files are missing:\n{''.join(problems)}"
-                      f"Run this again: what is complete is kept, what broke off goes on.\n{offline}")
+        raise Failure(
+            f"{len(problems)} of {len(names)} files are missing:\n{''.join(problems)}"
+            f"Run this again: what is complete is kept, what broke off goes on.\n{offline}")
 
 
 def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -> str | None:
@@ -374,8 +375,9 @@ def _is_address(url: str) -> bool:
         parts = urlsplit(url)
         labels = (parts.hostname or "").rstrip(".").split(".")
         rest = parts.path + parts.query + parts.fragment  # of a password with one of / ? #
-        return (parts.scheme in ("http", "https", "socks5", "socks5h", "socks4") and parts.port != 0
-                and all(1 <= len(label) < 64 for label in labels) and "@" not in rest and len(url.split()) == 1)
+        return (parts.scheme in ("http", "https", "socks5", "socks5h", "socks4")
+                and parts.port != 0 and all(1 <= len(label) < 64 for label in labels)
+                and "@" not in rest and len(url.split()) == 1)
     except ValueError:
         return False
 
@@ -400,7 +402,7 @@ def _check_text_column(schema: pa.Schema) -> None:
 
 
 def _write_docstrings(folder: Path) -> None:
-    """Write the docstrings of PACKAGES, split and shuffled by stable hashes, as three parquet files.
+    """Write the docstrings of PACKAGES, split and shuffled by stable hashes, as parquet files.
 
     What is there, text of one's own say, stays.
     """
@@ -428,12 +430,12 @@ def _write_docstrings(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """A parquet file of texts; a Failure names it if that is not so, or if reading it fails."""
+    """A parquet file of texts; a Failure names it if it is none, or if reading it fails."""
     try:
         with pq.ParquetFile(path) as file:
             _check_text_column(file.schema_arrow)
             yield file
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # no UTF-8; two columns `text`
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # no UTF-8, say
         problem = str(error).splitlines()[0][:200]
         raise Failure(f"cannot read {path} ({problem}). Replace it, or delete it and run the same "
                       "command again to get it anew") from error
@@ -488,7 +490,7 @@ class Tokenizer:
         return hashlib.sha256(self.to_bytes()).hexdigest() == noted
 
     def encode(self, text: str | list[str], prepend: int | str | None = None) -> list:
-        """Tokens of a text, or of each of a list; first `prepend`, a token or a reserved one's name."""
+        """Tokens of a text, or of each of a list, after `prepend`, a token or a special's name."""
         if not isinstance(text, str):
             return [self.encode(one, prepend) for one in text]
         first = self.encoding.encode_single_token(prepend) if isinstance(prepend, str) else prepend
@@ -537,9 +539,9 @@ def _train_tokenizer(contract: Contract, parts: list[Part]) -> Tokenizer:
     with _progress("train the tokenizer", None, " characters") as bar:
         trainer.train_from_iterator(texts(), contract.vocab_size - SPECIALS, pattern=SPLIT_PATTERN)
     if chars < contract.tokenizer_chars and contract.train_files > len(parts):
-        print(f"note: too few shards to train the tokenizer on {contract.tokenizer_chars:,} characters "
-              f"(here {chars:,}), so the fingerprint is not the usual one. The tokenizer stays as it "
-              f"is; to train it anew, delete {contract.folder / 'tokenizer.tiktoken'}")
+        print(f"note: too few shards to train the tokenizer on {contract.tokenizer_chars:,} "
+              f"characters (here {chars:,}), so the fingerprint is not the usual one. The tokenizer "
+              f"stays as it is; to train it anew, delete {contract.folder / 'tokenizer.tiktoken'}")
     return Tokenizer({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
 
 
@@ -571,17 +573,19 @@ def read_documents(contract: Contract, parts: list[Part], bos: int) -> Iterator[
         if not path.stat().st_size:
             continue
         try:
-            tokens = np.asarray(np.memmap(path, np.uint16, "r"))  # slices of a memmap are slow to make
+            tokens = np.asarray(np.memmap(path, np.uint16, "r"))  # a memmap is slow to slice
         except (OSError, ValueError) as error:
-            raise Failure(f"cannot read {path} ({error}); delete it and run: uv run prepare.py") from error
+            raise Failure(
+                f"cannot read {path} ({error}); delete it and run: uv run prepare.py") from error
         starts = np.flatnonzero(tokens == bos)
         stops = np.append(starts[1:], len(tokens))
         for begin, end in zip(starts[start:stop].tolist(), stops[start:stop].tolist()):
             yield tokens[begin:end]
 
 
-def pack_rows(documents: Iterable[np.ndarray], length: int, buffer_size: int = 1000) -> Iterator[np.ndarray]:
-    """Best-fit packing: yield rows of exactly `length` tokens, uint16, each of which begins with a document.
+def pack_rows(documents: Iterable[np.ndarray], length: int,
+              buffer_size: int = 1000) -> Iterator[np.ndarray]:
+    """Best-fit packing: yield rows of `length` tokens, uint16, that begin with a document.
 
     Whenever the buffer holds fewer than `buffer_size` documents, the next 128 are read. A row
     takes the longest document that fits in what is left of it (the first that arrived among
@@ -668,7 +672,7 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time in `folder`; the lock goes with its process. OSError fails in a line."""
+    """One process at a time in `folder`; the lock goes with its process. OSError is a Failure."""
     lock = filelock.FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -707,9 +711,11 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, buffer_siz
         raise Failure(f"there is no split {split!r}; use train, val or test")
     if not tokenizer.belongs_to(contract):
         raise Failure(f"{contract.folder} was made with another tokenizer; run: uv run prepare.py")
-    parts = contract.train(_noted_shards(contract)) if split == "train" else [getattr(contract, split)]
     if split == "train":
+        parts = contract.train(_noted_shards(contract))
         _RUN.begin()
+    else:
+        parts = [getattr(contract, split)]
 
     def documents() -> Iterator[np.ndarray]:
         nonlocal epoch
@@ -719,7 +725,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, buffer_siz
             for document in read_documents(contract, parts, tokenizer.get_bos_token_id()):
                 found = True
                 yield document
-        raise Failure(f"no documents in {', '.join(name for name, _, _ in parts)} of {contract.folder}")
+        raise Failure(f"no documents in {[name for name, _, _ in parts]} of {contract.folder}")
 
     def batches() -> Iterator[Batch]:
         rows = pack_rows(documents(), T + 1, buffer_size)
@@ -728,7 +734,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, buffer_siz
                 if split == "train":
                     _RUN.draw(B * T)
                 batch = torch.from_numpy(np.stack(list(itertools.islice(rows, B))).astype(np.int64))
-                if device.type == "cuda":  # torch reuses a pinned block when the copies from it are done
+                if device.type == "cuda":  # torch reuses a pinned block after its copy
                     batch = batch.pin_memory().to(device, non_blocking=True)
                 batch = batch.to(device)
                 yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), epoch
@@ -807,7 +813,7 @@ def load_exam(contract: Contract, split: str, tokenizer: Tokenizer) -> torch.Ten
     """The exam of a split, int32 (rows, T + 1); ExamError if it or the tokenizer is another one."""
     path = contract.folder / f"{split}.bin"
     if not tokenizer.belongs_to(contract):
-        raise ExamError("the exam was packed with another tokenizer; use Tokenizer.from_directory()")
+        raise ExamError("the exam was made with another tokenizer; use Tokenizer.from_directory()")
     if not path.is_file() or _sha256(path) != _noted_sums(contract)[path.name]:
         raise ExamError(f"{path} is not the exam that was packed; run: uv run prepare.py")
     rows = np.fromfile(path, dtype=np.uint16).reshape(-1, contract.max_seq_len + 1)
@@ -832,8 +838,8 @@ def _examine(model: Callable, batches: list[torch.Tensor], token_bytes: torch.Te
             if nats > LEAK_NATS or abs(worth) > LEAK_BPB:
                 raise ExamError(
                     f"the model {what}: the log-probability of a target moves by up to {nats:.3g} "
-                    f"nats, at position {position} (limit {LEAK_NATS}), and the score by {worth:.4f} "
-                    f"bits per byte (limit {LEAK_BPB})")
+                    f"nats, at position {position} (limit {LEAK_NATS}), and the score by "
+                    f"{worth:.4f} bits per byte (limit {LEAK_BPB})")
         return torch.cat(nll)
     finally:
         for module in training:
@@ -876,7 +882,7 @@ def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor
 
 
 def _nll(model: Callable, x: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """-ln p of each target, float32 (B, T). x, targets: int (B, T). ExamError: these are no logits."""
+    """-ln p of each target, float32 (B, T); x, targets: int (B, T). ExamError for odd logits."""
     logits = model(x.to(torch.int64, copy=True))  # x alone: no storage that holds the targets
     seen = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if seen != (wanted := (*x.shape, vocab_size)):
@@ -907,7 +913,7 @@ EVIDENCE = HERE / "runs.jsonl" if OURS else Path("runs.jsonl")
 
 
 class _Run:
-    """This process's run, from its first training batch on; each score leaves a line in runs.jsonl."""
+    """This process's run, from its first training batch on; a score leaves a line in runs.jsonl."""
 
     began = alive = seed = None
     tokens = evaluations = 0
@@ -951,8 +957,8 @@ class _Run:
         while time.monotonic() - (self.alive or time.monotonic()) < HANG_SECONDS:
             time.sleep(min(1, HANG_SECONDS / 4))
         faulthandler.dump_traceback(file=sys.__stderr__)
-        print(f"FAIL: for {HANG_SECONDS} s no batch was drawn and none was scored: the run hangs where "
-              "the tracebacks above say. If a step takes that long, make it smaller",
+        print(f"FAIL: for {HANG_SECONDS} s no batch was drawn and none was scored: the run hangs "
+              "where the tracebacks above say. If a step takes that long, make it smaller",
               file=sys.__stderr__, flush=True)
         os._exit(1)
 
@@ -986,10 +992,9 @@ def _git(*arguments: str) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; a kernel built on torch's stable ABI names only the call that failed."""
-    signs = ("out of memory", "allocate memory", "not enough memory", '"aten::new_empty"', '"aten::empty')
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in signs)
+    """Whether memory ran out; kernels on torch's stable ABI name only the call that failed."""
+    signs = "out of memory|allocate memory|not enough memory|\"aten::(new_empty\"|empty)"
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(signs, str(error).lower()))
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
@@ -1037,7 +1042,8 @@ def verdict() -> str:
     runs = [run for run in runs if run["evaluation"] == 1]
 
     def of(commit: str, seed: int, what: str = "bpb") -> list:
-        return [run.get(what) or 1 for run in runs if (run["commit"], run["seed"]) == (commit, seed)]
+        key = commit, seed
+        return [run.get(what) or 1 for run in runs if (run["commit"], run["seed"]) == key]
 
     if not of(head, 42):
         seeds = sorted({run["seed"] for run in runs if run["commit"] == head})
@@ -1108,8 +1114,8 @@ tokens trained: {", ".join(f"{by:+.1%}" for by in tokens)}, equal runs differ by
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call a script's main; failures, Ctrl-C and a closed pipe end in a line or none, and an exit code."""
-    for stream in (sys.stdout, sys.stderr):  # kept in order in one log, and no character stops a run
+    """Call a script's main; failures, Ctrl-C and a closed pipe end in a line at most, and a code."""
+    for stream in (sys.stdout, sys.stderr):  # in order in one log, and no character stops a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="replace", newline="\n")
     try:
@@ -1159,9 +1165,9 @@ def main() -> None:
     parser.print_usage = lambda file=None: None  # a bad value gets one line
     parser.add_argument("--contract", choices=list(CONTRACTS), help="prepare and remember this one")
     parser.add_argument("--num-shards", type=int, metavar="N",
-                        help=f"training shards, -1: all (default {DEFAULT_SHARDS}, or as last time)")
-    parser.add_argument("--download-workers", type=int, default=8, choices=range(1, 65), metavar="N",
-                        help="files at a time, up to 64 (default 8)")
+                        help=f"training shards, -1: all (default {DEFAULT_SHARDS} or as last time)")
+    parser.add_argument("--download-workers", type=int, metavar="N", default=8,
+                        choices=range(1, 65), help="files at a time, up to 64 (default 8)")
     parser.add_argument("--verdict", action="store_true", help="only apply the keep rule to HEAD")
     arguments = parser.parse_args()
     if arguments.verdict:
