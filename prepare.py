@@ -695,11 +695,9 @@ def _locked(folder: Path) -> Iterator[None]:
 # Loader
 
 
-Batch = tuple[torch.Tensor, torch.Tensor, int]  # x, y, epoch
-
-
-def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, buffer_size: int = 1000,
-                    device: str | torch.device | None = None) -> Iterator[Batch]:
+def make_dataloader(
+        tokenizer: Tokenizer, B: int, T: int, split: str, buffer_size: int = 1000,
+        device: str | torch.device | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """Yield (x, y, epoch) for ever: int64 (B, T) on the device, y is x one token on; epochs from 1.
 
     Rows are those of `pack_rows` over the split's documents, in an order that does not depend on
@@ -727,7 +725,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, buffer_siz
                 yield document
         raise Failure(f"no documents in {[name for name, _, _ in parts]} of {contract.folder}")
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         rows = pack_rows(documents(), T + 1, buffer_size)
         try:
             while True:
