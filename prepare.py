@@ -304,8 +304,9 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
         size = 0  # it does not say
     need, free = size * 5 / 2e9, shutil.disk_usage(folder).free / 1e9  # text, and tokens
     if need > free:
-        raise Failure(f"not enough disk: about {need:.1f} GB needed, {free:.1f} GB free in "
-                      f"{folder}. Free some, ask for fewer --num-shards, or move AUTORESEARCH_CACHE.")
+        raise Failure(
+            f"not enough disk: about {need:.1f} GB needed, {free:.1f} GB free in {folder}. Free "
+            "some, ask for fewer --num-shards, or move AUTORESEARCH_CACHE.")
     problems, bar = [], _progress(f"download {size / 1e6:,.0f} MB", size or None, "B")
     with session, bar, ThreadPoolExecutor(workers) as pool:
         try:
@@ -324,10 +325,7 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
 
 
 def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -> str | None:
-    """Fetch a parquet file: to FILE.part, on by Range after a break, checked, then renamed.
-
-    Returns why that failed, or None.
-    """
+    """Fetch FILE.part, on by Range after a break, check and rename it; return what went wrong."""
     part = path.with_name(f"{path.name}.part")
     for attempt in range(ATTEMPTS):
         time.sleep(attempt and PATIENCE / 60 * 2**attempt)
@@ -402,10 +400,7 @@ def _check_text_column(schema: pa.Schema) -> None:
 
 
 def _write_docstrings(folder: Path) -> None:
-    """Write the docstrings of PACKAGES, split and shuffled by stable hashes, as parquet files.
-
-    What is there, text of one's own say, stays.
-    """
+    """Write the docstrings of PACKAGES, split and shuffled by hash, where no file is yet."""
     print(f"reading the docstrings of {', '.join(PACKAGES)}", flush=True)
     split_of = {}
     for root in (Path(importlib.util.find_spec(package).origin).parent for package in PACKAGES):
@@ -540,8 +535,9 @@ def _train_tokenizer(contract: Contract, parts: list[Part]) -> Tokenizer:
         trainer.train_from_iterator(texts(), contract.vocab_size - SPECIALS, pattern=SPLIT_PATTERN)
     if chars < contract.tokenizer_chars and contract.train_files > len(parts):
         print(f"note: too few shards to train the tokenizer on {contract.tokenizer_chars:,} "
-              f"characters (here {chars:,}), so the fingerprint is not the usual one. The tokenizer "
-              f"stays as it is; to train it anew, delete {contract.folder / 'tokenizer.tiktoken'}")
+              f"characters (here {chars:,}), so the fingerprint is not the usual one. The "
+              "tokenizer stays as it is; to train it anew, delete "
+              f"{contract.folder / 'tokenizer.tiktoken'}")
     return Tokenizer({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
 
 
@@ -549,9 +545,8 @@ def _train_tokenizer(contract: Contract, parts: list[Part]) -> Tokenizer:
 # Tokens on disk, and packing
 
 
-def _tokenize(contract: Contract, name: str, tokenizer: Tokenizer) -> None:
+def _tokenize(path: Path, target: Path, tokenizer: Tokenizer) -> None:
     """Encode a parquet file to its .bin on all cores: tiktoken works without Python's lock."""
-    path, target = contract.folder / "parquet" / name, contract.folder / "tokens" / f"{name}.bin"
     bos = np.array([tokenizer.get_bos_token_id()])
 
     def encode(group: int) -> bytes:
@@ -562,7 +557,7 @@ def _tokenize(contract: Contract, name: str, tokenizer: Tokenizer) -> None:
 
     with _opened(path) as file:
         groups = range(file.num_row_groups)
-    with _progress(f"tokenize {name}", len(groups), " groups") as bar, ThreadPoolExecutor() as pool:
+    with _progress(f"tokenize {path.name}", len(groups), " groups") as bar, ThreadPoolExecutor() as pool:
         _write(target, (tokens for tokens in pool.map(encode, groups) if not bar.update()), path)
 
 
@@ -628,8 +623,7 @@ def _pack_exam(contract: Contract, split: str, bos: int) -> np.ndarray:
 def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> Tokenizer:
     """Make what is missing in the contract's cache folder, and return its tokenizer.
 
-    `shards`: training shards; None keeps what was last prepared. One process at a time does this,
-    others wait.
+    `shards`: training shards; None keeps what was last prepared. A second process waits.
     """
     folder = contract.folder
     with _locked(folder):
@@ -654,8 +648,9 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
             _write(folder / "tokenizer.tiktoken", [_train_tokenizer(contract, parts).to_bytes()])
         tokenizer = Tokenizer.from_directory(folder)
         for name in names:
-            if not _made_from(folder / "tokens" / f"{name}.bin", folder / "parquet" / name):
-                _tokenize(contract, name, tokenizer)
+            text, tokens = folder / "parquet" / name, folder / "tokens" / f"{name}.bin"
+            if not _made_from(tokens, text):
+                _tokenize(text, tokens, tokenizer)
         for split in ("val", "test"):
             name = getattr(contract, split)[0]
             exam, tokens = folder / f"{split}.bin", folder / "tokens" / f"{name}.bin"
@@ -697,7 +692,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def make_dataloader(
         tokenizer: Tokenizer, B: int, T: int, split: str, buffer_size: int = 1000,
-        device: str | torch.device | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        device: str | torch.device | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """Yield (x, y, epoch) for ever: int64 (B, T) on the device, y is x one token on; epochs from 1.
 
     Rows are those of `pack_rows` over the split's documents, in an order that does not depend on
@@ -776,8 +772,7 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
 
     Rows are then scored again: unchanged; beside other rows, so that every two places of a batch
     are told apart; and with other tokens after a position, every position once. ExamError if that
-    moves a score, or if the exam or the tokenizer is not the contract's. Appends a line to
-    runs.jsonl.
+    moves a score, or if exam or tokenizer are not the contract's. Appends a line to runs.jsonl.
     """
     contract, split = active_contract()[0], active_split()
     rows = load_exam(contract, split, tokenizer).to(_device_of(model))
@@ -1112,7 +1107,7 @@ tokens trained: {", ".join(f"{by:+.1%}" for by in tokens)}, equal runs differ by
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call a script's main; failures, Ctrl-C and a closed pipe end in a line at most, and a code."""
+    """Call a script's main; a failure, Ctrl-C and a closed pipe end in a line at most."""
     for stream in (sys.stdout, sys.stderr):  # in order in one log, and no character stops a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="replace", newline="\n")
