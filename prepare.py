@@ -553,12 +553,14 @@ def _tokenize(path: Path, target: Path, tokenizer: Tokenizer) -> None:
         with _opened(path) as file:
             texts = _texts(file, group)
         pieces = [piece for text in texts for piece in (bos, tokenizer.encode_to_numpy(text))]
+        bar.update()
         return np.concatenate([bos[:0], *pieces]).astype(np.uint16).tobytes()
 
     with _opened(path) as file:
         groups = range(file.num_row_groups)
-    with _progress(f"tokenize {path.name}", len(groups), " groups") as bar, ThreadPoolExecutor() as pool:
-        _write(target, (tokens for tokens in pool.map(encode, groups) if not bar.update()), path)
+    bar = _progress(f"tokenize {path.name}", len(groups), " groups")
+    with bar, ThreadPoolExecutor() as pool:
+        _write(target, pool.map(encode, groups), path)
 
 
 def read_documents(contract: Contract, parts: list[Part], bos: int) -> Iterator[np.ndarray]:

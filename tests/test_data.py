@@ -27,6 +27,7 @@ import pytest
 import rustbpe
 import tiktoken.load
 import torch
+import tqdm
 from conftest import ROOT, TINY, documents_of, exam_rows, some_texts, state_of
 from hub import Hub, status
 from hypothesis import given
@@ -436,6 +437,17 @@ def test_every_document_is_in_the_cache_once_in_order_as_tiktoken_encodes_it(hub
     for name, texts in zip(SHARDS, (some_texts(0), odd, *map(some_texts, (2, 3, 4)))):
         expected = [[len(ranks), *oracle.encode_ordinary(text or "")] for text in texts]
         assert documents_of(name) == expected
+
+
+def test_a_bar_on_a_terminal_changes_nothing_that_is_written(hub, command, cache, good, monkeypatch):
+    """A bar says in what `update` returns whether it was drawn: here it is, every time."""
+    class Drawn(tqdm.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | dict(disable=False, delay=0, mininterval=0, miniters=1))
+
+    monkeypatch.setattr(tqdm, "tqdm", Drawn)
+    code, output = command()
+    assert code == 0 and "\rtokenize" in output and state_of(cache) == good
 
 
 def test_tinystories_rows_are_split_by_their_number(hub, command, cache, monkeypatch):
