@@ -777,17 +777,15 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     moves a score, or if exam or tokenizer are not the contract's. Appends a line to runs.jsonl.
     """
     contract, split = active_contract()[0], active_split()
-    rows = load_exam(contract, split, tokenizer).to(_device_of(model))
-    token_bytes = tokenizer.get_token_bytes(rows.device)
-    places = torch.arange(batch_size, device=rows.device)
+    rows, places = load_exam(contract, split, tokenizer), torch.arange(batch_size)
     # All batches have one size, so that they compile once: the last goes on with the first rows
     batches = [rows[(start + places) % len(rows)] for start in range(0, len(rows), batch_size)]
-    nll = _examine(model, batches, token_bytes, cuts=contract.max_seq_len - 1,
+    nll = _examine(model, batches, tokenizer, cuts=contract.max_seq_len - 1,
                    halvings=(batch_size - 1).bit_length())
-    weights = token_bytes[rows[:, 1:]]
-    nats = nll[: len(rows)].where(weights > 0, 0).cpu().double().sum().item()
+    weights = tokenizer.get_token_bytes()[rows[:, 1:]]
+    nats = nll[: len(rows)].cpu().where(weights > 0, 0).double().sum().item()
     bpb = nats / (math.log(2) * weights.sum().item())
-    _RUN.write_evidence(contract, split, bpb, rows.device)
+    _RUN.write_evidence(contract, split, bpb, nll.device)
     return bpb
 
 
@@ -797,11 +795,10 @@ def check_model(model: Callable, batch_size: int) -> None:
 
     All calls have the exam's shape: what does not fit into memory or compile fails here.
     """
-    tokenizer, device = Tokenizer.from_directory(), _device_of(model)
+    tokenizer = Tokenizer.from_directory()
     rows = load_exam(active_contract()[0], "val", tokenizer)
-    batch = rows[np.random.default_rng().integers(len(rows), size=batch_size)].to(device)
-    _examine(model, [batch], tokenizer.get_token_bytes(device), cuts=2 * batch_size,
-             halvings=min(1, batch_size - 1))
+    batch = rows[np.random.default_rng().integers(len(rows), size=batch_size)]
+    _examine(model, [batch], tokenizer, cuts=2 * batch_size, halvings=min(1, batch_size - 1))
 
 
 def load_exam(contract: Contract, split: str, tokenizer: Tokenizer) -> torch.Tensor:
@@ -815,12 +812,16 @@ def load_exam(contract: Contract, split: str, tokenizer: Tokenizer) -> torch.Ten
     return torch.from_numpy(rows.astype(np.int32))
 
 
-def _examine(model: Callable, batches: list[torch.Tensor], token_bytes: torch.Tensor, cuts: int,
+def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer, cuts: int,
              halvings: int) -> torch.Tensor:
-    """Return -ln p of the batches' targets, float32 (rows, T), in eval mode.
+    """Return -ln p of the batches' targets, float32 (rows, T), in eval mode, on the model's device.
 
     ExamError for the first probe that moves a target or the score further than it may.
     """
+    parameters = getattr(model, "parameters", list)()
+    device = next((parameter.device for parameter in parameters), default_device())
+    token_bytes = tokenizer.get_token_bytes(device)
+    batches = [batch.to(device) for batch in batches]
     training = [module for module in getattr(model, "modules", list)() if module.training]
     try:
         for module in training:
@@ -890,11 +891,6 @@ def _nll(model: Callable, x: torch.Tensor, targets: torch.Tensor, vocab_size: in
     if not (nll.isfinite().all() and logits.amin().isfinite()):
         raise ExamError("model(x) returned non-finite logits")
     return nll
-
-
-def _device_of(model: Callable) -> torch.device:
-    parameters = getattr(model, "parameters", list)()
-    return next((parameter.device for parameter in parameters), default_device())
 
 
 # --------------------------------------------------------------------------------------------------
