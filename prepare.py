@@ -6,11 +6,11 @@ What is fixed: the contract, the data, the tokenizer, the loader, the metric and
 Makes what `train.py` needs and is not there yet, in ~/.cache/autoresearch (AUTORESEARCH_CACHE
 moves it). A file that has its name is whole. Of each contract:
 
-    parquet/FILE.parquet    the text, downloaded or put there by hand
-    tokenizer.tiktoken      the tokenizer
-    tokens/FILE.parquet.bin the text as uint16 tokens; a document begins where the token is BOS
-    val.bin, test.bin       the exams: packed rows of max_seq_len + 1 uint16 tokens
-    SHA256SUMS, shards      of the tokenizer and the exams; how many training shards are in use
+    parquet/FILE.parquet        the text, downloaded or put there by hand
+    tokenizer.tiktoken          the tokenizer
+    token_ids/FILE.parquet.bin  the text as uint16 tokens; a document begins where one is BOS
+    val.bin, test.bin           the exams: packed rows of max_seq_len + 1 uint16 tokens
+    SHA256SUMS, shards          of the tokenizer and the exams; training shards that are in use
 
 `evaluate_bpb` appends a line to runs.jsonl, beside the script that runs. Nobody edits this file
 during research: runs become incomparable, which the fingerprint or the hash in runs.jsonl shows.
@@ -566,7 +566,7 @@ def _tokenize(path: Path, target: Path, tokenizer: Tokenizer) -> None:
 def read_documents(contract: Contract, parts: list[Part], bos: int) -> Iterator[np.ndarray]:
     """The tokenized documents of some parts in dataset order, uint16, memory-mapped."""
     for name, start, stop in parts:
-        path = contract.folder / "tokens" / f"{name}.bin"
+        path = contract.folder / "token_ids" / f"{name}.bin"
         if not path.stat().st_size:
             continue
         try:
@@ -645,17 +645,17 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
                 print(f"{path} is not what it was when it was made; making it again")
                 path.unlink()
         if not (folder / "tokenizer.tiktoken").exists():  # what an older one made goes first
-            for path in [*folder.glob("*.bin"), *folder.glob("tokens/*.bin")]:
+            for path in [*folder.glob("*.bin"), *folder.glob("token_ids/*.bin")]:
                 path.unlink()
             _write(folder / "tokenizer.tiktoken", [_train_tokenizer(contract, parts).to_bytes()])
         tokenizer = Tokenizer.from_directory(folder)
         for name in names:
-            text, tokens = folder / "parquet" / name, folder / "tokens" / f"{name}.bin"
+            text, tokens = folder / "parquet" / name, folder / "token_ids" / f"{name}.bin"
             if not _made_from(tokens, text):
                 _tokenize(text, tokens, tokenizer)
         for split in ("val", "test"):
             name = getattr(contract, split)[0]
-            exam, tokens = folder / f"{split}.bin", folder / "tokens" / f"{name}.bin"
+            exam, tokens = folder / f"{split}.bin", folder / "token_ids" / f"{name}.bin"
             if not _made_from(exam, tokens):
                 rows = _pack_exam(contract, split, tokenizer.get_bos_token_id())
                 _write(exam, [rows.tobytes()], tokens)

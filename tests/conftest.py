@@ -111,7 +111,7 @@ def exam_rows(split: str) -> np.ndarray:
 
 def documents_of(name: str) -> list[list[int]]:
     """The tokens of every document of a parquet file of the active contract, in order."""
-    tokens = np.fromfile(folder() / "tokens" / f"{name}.bin", dtype=np.uint16)
+    tokens = np.fromfile(folder() / "token_ids" / f"{name}.bin", dtype=np.uint16)
     bos = prepare.Tokenizer.from_directory().get_bos_token_id()
     return [part.tolist() for part in np.split(tokens, np.flatnonzero(tokens == bos))[1:]]
 

@@ -217,10 +217,10 @@ def test_a_complete_cache_is_left_alone_and_only_what_is_gone_or_spoilt_is_made_
     with open(cache / "SHA256SUMS", "a") as sums:
         sums.write(f"{'0' * 64}  parquet/{SHARDS[0]}\n")
     assert command()[0] == 0 and (cache / "parquet" / SHARDS[0]).exists()
-    (cache / "tokens" / f"{SHARDS[0]}.bin").write_bytes(b"odd")
+    (cache / "token_ids" / f"{SHARDS[0]}.bin").write_bytes(b"odd")
     with pytest.raises(prepare.Failure, match=f"cannot read .*{SHARDS[0]}.bin .*delete it"):
         next(prepare.make_dataloader(prepare.Tokenizer.from_directory(), 1, 32, "train"))
-    (cache / "tokens" / f"{SHARDS[0]}.bin").unlink()
+    (cache / "token_ids" / f"{SHARDS[0]}.bin").unlink()
     assert command()[0] == 0 and state_of(cache) == good
     for path in (cache / name for name in ("val.bin", "test.bin", "tokenizer.tiktoken")):
         path.write_bytes(acts.flipped(path.read_bytes()))
@@ -357,7 +357,7 @@ def test_ctrl_c_while_tokenizing_ends_in_one_line_and_leaves_no_half_file(hub, c
     os.killpg(process.pid, signal.SIGINT)
     errors = process.communicate(timeout=20)[1]
     assert (process.returncode, errors) == (1, "FAIL: interrupted\n")
-    assert not list(cache.glob("tokens/*"))
+    assert not list(cache.glob("token_ids/*"))
 
 
 @given(text=st.text() | st.text(alphabet="naïve 中文 42 the <|reserved_0|>\r\n\t😀"))
