@@ -1047,13 +1047,16 @@ def verdict() -> str:
               if of(commit[:7], 42)]
     baseline = re.compile(r"baseline\W*(seed\W*\d+\W*)?")
     base = next((commit for commit, _, text in scored if baseline.fullmatch(text)), head)
-    best = next((commit for commit, status, _ in scored if status[:4] in ("keep", "kept")), base)
     missing = [f"SEED={seed}" for seed in (42, 43) for _ in range(2 - len(of(base, seed)))]
     if missing:
         more = f"{len(missing)} more run{'s' * (len(missing) > 1)}"
         return f"verdict: baseline: {more} of {base}: {', '.join(missing)}"
 
     runs = list(itertools.dropwhile(lambda run: run["commit"] != base, runs))  # this session's
+    if not of(head, 42):
+        return f"verdict: run SEED=42 (the baseline, {base}, is younger than all runs of {head})"
+    best = next(commit for commit, status, _ in [*scored, (base, "keep", "")]
+                if status[:4] in ("keep", "kept") and of(commit, 42))
     equal = [key for key in {(run["commit"], run["seed"]) for run in runs} if len(of(*key)) > 1]
     noise = 1.5 * max(np.ptp(of(*key)) for key in equal)
     jitter = max(1 - min(of(*key, "tokens")) / max(of(*key, "tokens")) for key in equal)

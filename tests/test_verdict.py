@@ -75,6 +75,17 @@ def test_a_small_gain_over_a_commit_of_one_seed_asks_for_its_other_seed_first(ni
     assert night.verdict(1.39, 1.45) == "keep"
 
 
+def test_what_was_scored_before_the_baseline_is_neither_judged_nor_best(monkeypatch):
+    night = Night(monkeypatch)
+    night.run("oldbest", 42, 1.2)
+    night.baseline("basebas", 1.50, 1.58, 1.52, 1.58)
+    night.head = "oldbest"
+    night.row("keep")
+    assert night.verdict() == "run SEED=42 (the baseline, basebas, is younger than all runs of oldbest)"
+    assert night.verdict(1.40) == "keep"
+    assert "best basebas" in prepare.verdict()
+
+
 def test_the_figures_and_equal_runs_that_raise_the_noise(night):
     night.run("basebas", 42, 1.48, tokens=9_900)  # 1.52 before: noise is now 0.06, the mean 1.50
     night.verdict(1.485, 1.55, memory=1500, tokens=9_000)
