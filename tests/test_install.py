@@ -42,31 +42,28 @@ def wheel(index: str, name: str) -> tuple[str, bytes]:
     return f"{stem}-py3-none-any.whl", file.getvalue()
 
 
-def certificate(host: str, issuer: tuple | None = None) -> tuple:
-    """(certificate, key) of a host, or of the authority that vouches for all of them."""
-    key, now, day = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(), datetime.timedelta(days=1)
-    names = [x509.Name.from_rfc4514_string(f"CN={name}") for name in ("authority", host)]
-    made = x509.CertificateBuilder(*names, key.public_key(), x509.random_serial_number(), now - day, now + day)
-    made = made.add_extension(x509.BasicConstraints(not issuer, None), critical=True)
-    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
-    return made.sign(issuer[1] if issuer else key, SHA256()), key
+def secured(folder) -> ssl.SSLContext:
+    """A server's side of TLS with a certificate that vouches for itself."""
+    key, now, name = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(), x509.Name([])
+    ends = (now + datetime.timedelta(days=days) for days in (-1, 1))
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, *ends).sign(key, SHA256())
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "server.pem").write_bytes(made.public_bytes(Encoding.PEM) + secret)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem")
+    return context
 
 
 @pytest.fixture
 def world(tmp_path):
     """(folder, environment, dated): the stub indexes named in `dated` declare upload dates; torch's own do not."""
-    authority, dated = certificate("authority"), {"simple"}
+    dated, context = {"simple"}, secured(tmp_path)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_CONNECT(self):
             self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
-            context, file = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), tmp_path / f"{id(self)}.pem"
-            made, key = certificate(self.path.split(":")[0], authority)
-            secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-            file.write_bytes(made.public_bytes(Encoding.PEM) + secret)
-            context.load_cert_chain(file)
             self.connection = context.wrap_socket(self.connection, server_side=True)
             self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb", 0)
 
@@ -85,13 +82,12 @@ def world(tmp_path):
 
         do_HEAD, log_message = do_GET, lambda *_: None
 
-    (tmp_path / "authority.pem").write_bytes(authority[0].public_bytes(Encoding.PEM))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield tmp_path, {
             "PATH": os.pathsep.join([f"{sys.base_prefix}/bin", os.environ["PATH"]]), "HOME": str(tmp_path),
-            "HTTPS_PROXY": f"http://127.0.0.1:{server.server_port}", "SSL_CERT_FILE": str(tmp_path / "authority.pem"),
+            "HTTPS_PROXY": f"http://127.0.0.1:{server.server_port}", "UV_INSECURE_HOST": "*",
             "UV_CACHE_DIR": str(tmp_path / "uv"), "UV_PYTHON_DOWNLOADS": "never", "UV_HTTP_RETRIES": "0"}, dated
         server.shutdown()
 
