@@ -221,6 +221,7 @@ def test_a_compiled_model_is_the_plain_one_and_more_layers_compile_no_more(compi
 def test_the_network_is_the_one_of_its_description(bigram_rows, n_kv_head, shifted):
     model, idx = built(bigram_rows=bigram_rows, n_kv_head=n_kv_head, shifted=shifted), some_tokens()
     torch.testing.assert_close(model(idx), by_hand(model, idx), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(idx[:, :11]), model(idx)[:, :11])  # nothing later counts
     parameters = list(model.parameters())
     seen = torch.autograd.grad(model(idx).square().mean(), parameters)
     expected = torch.autograd.grad(by_hand(model, idx).square().mean(), parameters)
@@ -257,17 +258,6 @@ def test_a_model_left_in_eval_mode_still_trains_all_its_weights():
     model = built(bigram_rows=1000).eval()
     model(some_tokens(), some_tokens(seed=1)).backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-
-
-def test_neither_later_tokens_nor_a_shorter_context_change_an_earlier_logit():
-    model, idx = built(bigram_rows=1000, shifted=16), some_tokens(B=1)
-    torch.testing.assert_close(model(idx[:, :11]), model(idx)[:, :11])
-    changed = idx.repeat(23, 1)
-    for cut in range(23):
-        changed[cut, cut + 1 :] = (idx[0, cut + 1 :] + 1) % CONFIG.vocab_size
-    moved = (model(changed) - model(idx)).abs().amax(-1)  # (cuts, T)
-    assert moved.tril().max() < 1e-5  # float32 rounding: other shapes take other kernels
-    assert moved.diagonal(1).min() > 1e-3
 
 
 def test_the_bigram_hash_sees_a_token_and_the_one_before_it_and_spreads_their_pairs():
