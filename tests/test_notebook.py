@@ -69,7 +69,8 @@ def line(commit: str, bpb: float, **more) -> str:
 BASELINE, BETTER = "abc1234\t1.500000\t1.0\tkeep\tbaseline", "abc1236\t1.400000\t1.1\tkeep\tdeeper"
 CRASH = "abc1237\t\t\tcrash\ttoo wide"
 INPUTS = {  # name: (file, runs, of which with a score, best)
-    "empty file": ("", 0, 0, None), "header without a newline": (HEADER, 0, 0, None),
+    "no file": (None, 0, 0, None), "empty file": ("", 0, 0, None),
+    "header without a newline": (HEADER, 0, 0, None),
     "one row": (log(BASELINE), 1, 1, 1.5), "one discarded row": (short("a 1.6 discard wider"), 1, 1, None),
     "crashes only": (log(CRASH, CRASH), 2, 0, None), "a crash first": (log(CRASH, BASELINE, BETTER), 3, 2, 1.4),
     "a row that is cut off": (log(BASELINE, "abc1236\t1.3"), 2, 2, 1.5),
@@ -229,19 +230,16 @@ def test_runs_jsonl_names_contract_machine_and_hours_and_what_it_or_the_rows_do_
         "i": "the run was of no script", "j": "written twice"}
 
 
-@pytest.mark.parametrize("content", [log(BASELINE, BETTER, CRASH), None], ids=["a night", "no results.tsv"])
-def test_the_readmes_command_leaves_a_page_and_a_picture_and_git_sees_neither(content, tmp_path):
+def test_the_readmes_command_leaves_a_page_and_a_picture_and_git_sees_neither(tmp_path):
     command = readme_command("uv run jupyter nbconvert")
     for name in ("analysis.ipynb", "pyproject.toml", ".python-version", ".gitignore"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "progress.png").write_text("of another night")
-    if content:
-        (tmp_path / "results.tsv").write_text(content)
+    (tmp_path / "results.tsv").write_text(log(BASELINE, BETTER, CRASH))
     env = environment(tmp_path / "cache", IPYTHONDIR=str(tmp_path / ".venv" / "ipython"))
     assert "to progress.html" in shell(f"{command} 2>&1", tmp_path, env)
     page = (tmp_path / "progress.html").read_text()
-    assert ("deeper" if content else "results.tsv is not in this folder") in page and "://" not in page
-    assert (tmp_path / "progress.png").is_file() == ("data:image/png;base64" in page) == bool(content)
+    assert all(part in page for part in ("deeper", "data:image/png;base64")) and "://" not in page
+    assert (tmp_path / "progress.png").is_file()
     assert command in page and "progress" not in shell("git init -q && git status --short", tmp_path, env)
 
 
