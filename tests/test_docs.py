@@ -22,14 +22,17 @@ import train
 README, PROGRAM = (ROOT / "README.md").read_text(), (ROOT / "program.md").read_text()
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
-# Commands of the README that no test in this file runs as they stand, and what is done instead
+# Commands of the README: where they run
 NETWORK = {  # they would download: their arguments are checked up to the point where that begins
     "uv run prepare.py --contract tinystories": ("tinystories", None),
     "uv run prepare.py --contract climbmix --num-shards 10": ("climbmix", 10),
 }
-ELSEWHERE = {  # beginning of a command: the file that runs it, and how it does
+RUNS = {  # beginning of a command: the file that runs it, and how it does
     "pip install uv": (".ci/run", "pip install --quiet uv"),
     "uv run train.py": ("tests/test_scale.py", '"uv run train.py"'),
+    "AUTORESEARCH_SPLIT=test uv run train.py": ("tests/test_run.py", 'setenv("AUTORESEARCH_SPLIT", "test")'),
+    "uv run prepare.py --contract demo": ("tests/conftest.py", '"prepare.py", "--contract", "demo"'),
+    "uv run tests/bench_step.py": ("tests/test_docs.py", "readme_command("),
     "uv run pytest": (".ci/run", "uv run pytest -n 2"),
     "uv run ruff check .": (".ci/run", "uv run ruff check ."),
     "uv run jupyter nbconvert": ("tests/test_notebook.py", "readme_command("),
@@ -98,6 +101,13 @@ def shell(command: str, folder: Path, env: dict[str, str], code: int = 0) -> str
     return done.stdout
 
 
+def keep_a_model(train_py: str) -> str:
+    """The text of train.py with the README's lines that keep a model and sample from it."""
+    (lines,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    before, after = train_py.split("    loader.close()\n")
+    return f"{before}{lines}    loader.close()\n{after}"
+
+
 def table(text: str, first_cell: str) -> dict[str, list[str]]:
     """Rows of the table whose header has `first_cell` somewhere, by their first cells."""
     lines = text[text.index(first_cell):].split("\n\n")[0].splitlines()
@@ -105,36 +115,11 @@ def table(text: str, first_cell: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-@pytest.fixture
-def clone(tmp_path, demo_cache):
-    """(folder, env) of a scratch clone with the demo contract prepared."""
-    return scratch_clone(tmp_path / "clone"), environment(demo_cache)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # README
 
 
 COMMANDS = [line for block in blocks(README) for line in block.splitlines()]
-
-
-@pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c not in NETWORK and not c.startswith(tuple(ELSEWHERE))])
-def test_the_command_of_the_readme(command, clone):
-    """The one that trains does it with the README's lines that keep a model and sample from it."""
-    folder, env = clone
-    (lines,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    before, after = (folder / "train.py").read_text().split("    loader.close()\n")
-    (folder / "train.py").write_text(f"{before}{lines}    loader.close()\n{after}")
-    output = shell(command, folder, env)
-    if "train.py" in command:
-        assert re.search(r"^---\ntest_bpb: +\d\.\d{6}$", output, re.MULTILINE) and "val_bpb" not in output
-        assert len(output.split("and the probes\n")[1].split("\n---\n")[0]) > 100
-        assert (folder / "model.pt").stat().st_size > 10**5
-    elif "bench_step" in command:
-        assert re.search(r"^a token of train\.py / of HEAD: \d\.\d{3} \(", output, re.MULTILINE)
-    else:
-        assert "ready: demo-" in output
 
 
 @pytest.mark.parametrize("command", NETWORK)
@@ -150,11 +135,11 @@ def test_the_command_of_the_readme_that_downloads_asks_for_what_it_names(command
     assert (prepare.cache_dir() / "active").read_text() == NETWORK[command][0]
 
 
-@pytest.mark.parametrize("beginning", ELSEWHERE)
-def test_the_command_of_the_readme_runs_elsewhere(beginning):
-    file, how = ELSEWHERE[beginning]
-    how = f"{how}{beginning!r}".replace("'", '"') if how.endswith("(") and '"' not in beginning else how
-    assert readme_command(beginning) and how in (ROOT / file).read_text()
+def test_every_command_of_the_readme_runs_somewhere():
+    assert [c for c in COMMANDS if c not in NETWORK and not c.startswith(tuple(RUNS))] == []
+    for beginning, (file, how) in RUNS.items():
+        how = f"{how}{beginning!r}".replace("'", '"') if how.endswith("(") and '"' not in beginning else how
+        assert readme_command(beginning) and how in (ROOT / file).read_text()
 
 
 def test_the_contracts_and_sizes_in_the_readme_are_those_of_the_code():
@@ -203,9 +188,9 @@ def test_program_md_fits_on_a_page_and_a_half_and_shows_the_summary_as_the_code_
     assert list(example())[:2] == ["val_bpb", "training_seconds"]
 
 
-def test_a_session_by_the_book_baseline_discard_crash_keep(clone, monkeypatch):
+def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache, monkeypatch):
     """Every block of program.md, in the order in which an agent meets them; one real run, others made up."""
-    folder, env = clone
+    folder, env = scratch_clone(tmp_path / "clone"), environment(demo_cache)
     train_py, results, used = folder / "train.py", folder / "results.tsv", set()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(prepare, "HERE", folder)
@@ -276,8 +261,10 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(clone, monkeypatch):
     pretend("8.000000")
     do("printf '%s\\t")
     assert results.read_text().splitlines()[-1] == f"{worse}\t8.000000\t2.0\tdiscard\twhat was tried"
-    timed = shell(inline("uv run tests/bench_step.py").replace("KEPT", baseline), folder, env)
-    assert f"a token of train.py / of {baseline}: " in timed
+    timing = readme_command("uv run tests/bench_step.py")
+    assert inline("uv run tests/bench_step.py") == timing.replace("HEAD", "KEPT")
+    timed = shell(timing.replace("HEAD", baseline), folder, env)
+    assert re.search(rf"^a token of train\.py / of {baseline}: \d\.\d{{3}} \(", timed, re.MULTILINE)
     *_, last = block("tried/$(git").splitlines()
     checkout, reset = last.split(" && ")
     shell(f"kept={baseline}; {checkout}", folder, env)  # killed in the middle of the restore...

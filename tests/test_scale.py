@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 from conftest import evidence
-from test_docs import HEADER, README, block, environment, readme_command, scratch_clone, shell
+from test_docs import HEADER, README, block, environment, keep_a_model, readme_command, scratch_clone, shell
 
 RAY = "ray[default]==2.60.0"
 
@@ -18,9 +18,9 @@ def test_two_worktrees_experiment_at_once_and_share_nothing_but_the_cache_and_th
     first, second = scratch_clone(tmp_path / "first"), tmp_path / "autoresearch-1"
     env = environment(demo_cache, OMP_NUM_THREADS="1")
     shell(readme_command("git worktree add"), first, env)
+    train_py = (first / "train.py").read_text()
     for folder, branch in ((first, "autoresearch/a"), (second, "autoresearch/b")):
-        with open(folder / "train.py", "a") as file:
-            file.write(f"# {branch}\n")
+        (folder / "train.py").write_text(f"{keep_a_model(train_py)}# {branch}\n")
         shell(f"git checkout -q -b {branch} && git commit -q -m {branch} -- train.py", folder, env)
     commands = {first: "uv run train.py", second: readme_command("(cd ../autoresearch-1")}
     runs = [subprocess.Popen(["bash", "-c", command], cwd=first, env=env | {"SEED": seed}, text=True,
@@ -37,6 +37,8 @@ def test_two_worktrees_experiment_at_once_and_share_nothing_but_the_cache_and_th
     for line, folder, output in zip((one, two), commands, outputs):
         assert line["commit"] == shell("git rev-parse HEAD", folder, env).strip() and not line["dirty"]
         assert f"val_bpb:          {line['bpb']:.6f}" in output
+        assert len(output.split("and the probes\n")[1].split("\n---\n")[0]) > 100  # what its model writes
+        assert (folder / "model.pt").stat().st_size > 10**5
         (folder / "run.log").write_text(output)
         (folder / "logs").mkdir()
         (folder / "results.tsv").write_text(HEADER)
