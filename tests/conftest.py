@@ -43,6 +43,11 @@ TINY = dataclasses.replace(
 )
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    """Of two workers none waits at the end for one long test: the longest go first."""
+    items.sort(key=lambda item: item.path.stem not in ("test_docs", "test_scale", "test_windows"))
+
+
 @pytest.fixture
 def parts(monkeypatch):
     """Whatever train.compile_parts replaces is as it was after the test."""
@@ -184,8 +189,9 @@ def tiny(tiny_cache, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def demo_cache(tmp_path_factory) -> Path:
-    """A cache with the demo contract, prepared once per session by the real command."""
-    cache = tmp_path_factory.mktemp("demo-cache")
+    """A cache with the demo contract, prepared by the real command; for all workers of a session."""
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo-cache"
     done = run("prepare.py", "--contract", "demo", AUTORESEARCH_CACHE=str(cache))
     assert done.returncode == 0, done.stderr
     return cache
