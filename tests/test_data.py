@@ -128,9 +128,9 @@ def test_a_passing_fault_is_survived_within_one_run(fault, server, hub, command,
 
 @pytest.mark.parametrize("faults", [
     {0: (status(404), "404"), 1: (status(401), "401"), 3: (status(500), "500"), 4: (acts.flip, "SHA-256")},
-    {0: (acts.cut, "br[oe]|Incom"), 1: (acts.stall, "br[oe]|time"), 4: (acts.web_page, "html|parquet")},
-    {2: (acts.mute, "timed out")},
-], ids=["refused", "broken", "mute"])
+    {0: (acts.cut, "br[oe]|Incom"), 1: (acts.stall, "br[oe]|time"), 2: (acts.mute, "timed out"),
+     4: (acts.web_page, "html|parquet")},
+], ids=["refused", "broken"])
 def test_a_lasting_fault_names_every_file_and_why_and_the_next_run_gets_only_what_is_missing(
         faults, hub, command, cache, good):
     hub.always |= {SHARDS[number]: act for number, (act, _) in faults.items()}
@@ -376,9 +376,8 @@ def test_a_token_that_is_part_of_a_character_counts_its_own_bytes_and_a_reserved
     assert len(lengths) == TOKENIZER.get_vocab_size() == 262
 
 
-@pytest.mark.parametrize("blank", [" ", "\t", "\u3000"], ids=["blank", "tab", "wide"])
-def test_a_million_blanks_in_a_row_are_encoded(blank, hub, command):
-    text = f"before{blank * 1_100_000}after"
+def test_a_million_blanks_in_a_row_are_encoded(hub, command):
+    text = "before" + " \u3000" * 600_000 + "after"  # of one byte and of three
     hub.files[SHARDS[1]] = parquet([text])
     assert command()[0] == 0
     tokenizer, (tokens,) = prepare.Tokenizer.from_directory(), documents_of(SHARDS[1])
