@@ -92,6 +92,16 @@ def run(*command: str, cwd: Path = ROOT, timeout: float = 300, **env: str) -> su
                           env=environment | env)
 
 
+def commit(folder: Path, *files: tuple[str, str]) -> None:
+    """A git repository with these files, (name, text), in one commit."""
+    for name, text in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e@x"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all", "--no-gpg-sign"]):
+        subprocess.run([*git, *command], cwd=folder, check=True)
+
+
 def smaller(train_py: str) -> str:
     """The text of train.py with a model that costs little on a CPU."""
     return re.sub(r"(?m)^(DEPTH|BIGRAM_ROWS) = .*", r"\1 = 1", train_py)

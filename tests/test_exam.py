@@ -20,7 +20,7 @@ import json
 import math
 import os
 import random
-import shutil
+import runpy
 import signal
 import subprocess
 import sys
@@ -33,7 +33,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, ROOT, TINY, evidence, exam_rows, folder, forget, write_shard
+from conftest import CPU, ROOT, TINY, commit, evidence, exam_rows, folder, forget, write_shard
 
 import prepare
 import train
@@ -528,25 +528,25 @@ def test_a_scored_run_leaves_one_line_that_says_what_ran_and_whether_it_trained(
 FACTS = """import conf, json, pathlib, prepare
 def facts():
     vars(prepare._RUN).pop("facts", None)
-    return [prepare._RUN.facts[name] for name in ("dirty", "script")]
+    return [prepare._RUN.facts[name] for name in ("dirty", "script", "train_sha256")]
 seen = [facts()]
 pathlib.Path("conf.py").write_text("LR = 2")
 print(json.dumps([*seen, facts()]))
+pathlib.Path("conf.py").write_text("LR = 1")
 """
 
 
-def test_what_a_script_imports_from_here_is_part_of_it_and_a_script_elsewhere_is_another(tmp_path):
-    shutil.copy(ROOT / "prepare.py", tmp_path)
-    (tmp_path / "old").mkdir()
-    for name, text in ("conf.py", "LR = 1"), ("train.py", FACTS), ("old/train.py", FACTS):
-        (tmp_path / name).write_text(text)
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
-    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "as it is"]):
-        subprocess.run([*git, *words], cwd=tmp_path, check=True)
-    seen = [json.loads(subprocess.run([sys.executable, name], cwd=tmp_path, env=os.environ | {"PYTHONPATH": "."},
-                                      capture_output=True, text=True, check=True).stdout)
-            for name in ("train.py", "old/train.py")]
-    assert seen == [[[False, "train.py"], [True, "train.py"]], [[None, "train.py"]] * 2]
+def test_what_a_script_imports_from_here_is_part_of_it_and_a_script_elsewhere_or_a_copy_is_another(
+        tmp_path, monkeypatch, capsys):
+    commit(tmp_path, ("prepare.py", (ROOT / "prepare.py").read_text()), ("conf.py", "LR = 1"),
+           ("train.py", FACTS), ("old/train.py", FACTS + "# another"))
+    (tmp_path / "try2.py").write_text(FACTS + "# a copy")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, dirty in ("train.py", [False, True]), ("old/train.py", [None] * 2), ("try2.py", [True] * 2):
+        monkeypatch.delitem(sys.modules, "prepare")  # the script imports its own
+        runpy.run_path(name, run_name="__main__")
+        sha256 = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        assert json.loads(capsys.readouterr().out) == [[each, Path(name).name, sha256] for each in dirty]
 
 
 def test_a_score_is_returned_and_its_line_printed_when_the_file_cannot_be_written(tiny, capsys):
@@ -557,12 +557,15 @@ def test_a_score_is_returned_and_its_line_printed_when_the_file_cannot_be_writte
         Path("runs.jsonl").is_dir() or Path("runs.jsonl").unlink()
 
 
-def test_a_run_is_what_it_was_when_it_began_whatever_is_edited_later(tiny, monkeypatch, tmp_path):
+@pytest.mark.parametrize("begin", [
+    lambda tiny: prepare.make_dataloader(tiny, 4, 32, "train", device="cpu"),
+    lambda tiny: prepare.run_main(lambda: None)], ids=["a loop of its own", "run_main"])
+def test_a_run_is_what_it_was_when_it_began_whatever_is_edited_later(begin, tiny, monkeypatch, tmp_path):
     script = tmp_path / "train.py"
     script.write_text("as it ran")
     monkeypatch.setattr(prepare, "SCRIPT", script)
     for text in ("edited", "edited again"):
-        prepare.make_dataloader(tiny, 4, 32, "train", device="cpu")
+        begin(tiny)
         script.write_text(text)
     prepare.evaluate_bpb(Small(tiny.get_vocab_size()), tiny, 16)
     (line,) = evidence()

@@ -3,15 +3,12 @@
 import copy
 import functools
 import gc
-import getpass
 import hashlib
 import io
 import itertools
 import os
 import re
 import runpy
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,7 +17,7 @@ import types
 import pytest
 import torch
 import torch.nn as nn
-from conftest import CPU, ROOT, TINY, evidence, forget, run, smaller
+from conftest import CPU, ROOT, TINY, commit, evidence, forget, run
 
 import prepare
 import train
@@ -361,19 +358,15 @@ def test_what_nobody_filled_and_views_are_named(add, words, small, monkeypatch):
     assert message.startswith("FAIL: h.0.mlp.gain, h.1.mlp.gain: ") and words in message
 
 
-def test_evidence_names_the_file_that_ran_though_it_was_edited_in_warm_up(steps, monkeypatch, tmp_path):
-    script, check = tmp_path / "train.py", prepare.check_model
-    script.write_text("as it ran")
-    monkeypatch.setattr(prepare, "SCRIPT", script)
-    monkeypatch.setattr(prepare, "check_model", lambda *a: (script.write_text("edited"), check(*a)))
-    prepare.run_main(train.main)
-    assert evidence()[0]["train_sha256"] == hashlib.sha256(b"as it ran").hexdigest()
-
-
 def test_a_model_that_sees_the_future_fails_in_warm_up(steps, monkeypatch):
     monkeypatch.setattr(train, "bigram_hash", lambda idx, rows: (idx.roll(-1, 1) * 31 + idx) % rows)
     assert "sees the future" in failure()
     assert not steps
+
+
+def test_a_record_that_cannot_be_written_fails_before_the_clock(steps, tmp_path):
+    (tmp_path / "runs.jsonl").mkdir()
+    assert "cannot write the record of this run, " in failure() and not steps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -437,7 +430,7 @@ def test_threads_wait_without_spinning_only_where_others_use_the_cores(ticks, pa
     monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
     monkeypatch.setattr(sys, "path", sys.path[:])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"^FAIL: train.py takes no arguments, but got \['--help'\]; edit "):
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     assert os.environ.pop("OMP_WAIT_POLICY", None) == ("PASSIVE" if passive else None)
 
@@ -452,38 +445,21 @@ def test_a_log_line_has_the_form_of_the_specification():
 # In processes of their own
 
 
-@pytest.fixture
-def clone(tmp_path):
-    """A git repository with train.py and prepare.py, and a smaller try2.py that is not committed."""
-    folder, git = tmp_path / "clone", ["git", "-c", "user.name=n", "-c", "user.email=e@x"]
-    folder.mkdir()
-    for name in ("train.py", "prepare.py"):
-        shutil.copy(ROOT / name, folder)
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "both", "--no-gpg-sign"]):
-        subprocess.run([*git, *command], cwd=folder, check=True)
-    (folder / "try2.py").write_text(smaller((folder / "train.py").read_text()))
-    return folder
-
-
-def demo_environment(demo_cache, **more):
-    return {"AUTORESEARCH_CACHE": str(demo_cache), "AUTORESEARCH_CONTRACT": "demo", "CUDA_VISIBLE_DEVICES": ""} | more
-
-
-@pytest.mark.parametrize("script", ["train.py", "try2.py"])
-def test_one_command_from_any_folder_trains_and_leaves_evidence(script, demo_cache, clone, tmp_path):
-    environment = demo_environment(demo_cache, AUTORESEARCH_TIME_BUDGET="1")
+def test_one_command_from_any_folder_trains_and_leaves_evidence(demo, tmp_path):
+    clone = tmp_path / "clone"
+    commit(clone, *((name, (ROOT / name).read_text()) for name in ("train.py", "prepare.py")))
     for name in ("profile.py", "queue.py", "types.py"):  # not to be taken for Python's own
         (clone / name).touch()
-    done = run(str(clone / script), cwd=tmp_path, timeout=500, **environment)
+    done = run(str(clone / "train.py"), cwd=tmp_path, CUDA_VISIBLE_DEVICES="", AUTORESEARCH_TIME_BUDGET="1")
     assert (done.returncode, done.stderr) == (0, "")
     summary = summary_of(done.stdout)
     assert 2 < float(summary["val_bpb"]) < 8 and float(summary["training_seconds"]) >= 1
-    assert summary["depth"] == str(train.DEPTH["cpu"] if script == "train.py" else 1)
+    assert summary["depth"] == str(train.DEPTH["cpu"])
     (line,) = evidence(clone)
     assert f"{line['bpb']:.6f}" == summary["val_bpb"]
     assert line["contract"] == summary["contract"] and line["device"] == summary["device"]
-    assert (line["script"], line["dirty"]) == (script, script == "try2.py") and line["commit"]
-    assert line["train_sha256"] == hashlib.sha256((clone / script).read_bytes()).hexdigest()
+    assert (line["script"], line["dirty"]) == ("train.py", False) and line["commit"]
+    assert line["train_sha256"] == hashlib.sha256((clone / "train.py").read_bytes()).hexdigest()
     assert line["tokens"] == int(summary["num_steps"]) * train.TOTAL_BATCH_SIZE["cpu"]
     assert float(summary["training_seconds"]) <= line["seconds"] <= float(summary["total_seconds"]) + 1
 
@@ -505,55 +481,25 @@ for os.environ["SEED"] in seeds:
 """
 
 
-def test_a_seed_fixes_the_losses_across_processes_and_another_changes_them(demo_cache, tmp_path):
+def test_a_seed_fixes_the_losses_across_processes_and_another_changes_them(demo, tmp_path):
     losses = []
     for seeds in ([""], ["43", "42"]):
-        done = run("-c", LOSSES, *seeds, cwd=tmp_path, PYTHONPATH=str(ROOT),
-                   **demo_environment(demo_cache, OMP_NUM_THREADS="2"))
+        done = run("-c", LOSSES, *seeds, cwd=tmp_path, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="",
+                   OMP_NUM_THREADS="2")
         assert done.stderr == "FAIL: interrupted\n" * len(seeds), done.stderr
         losses += re.findall(r"^loss (.*)", done.stdout, re.M)
     default, other, same = losses[:20], losses[20:40], losses[40:]
     assert default == same and all(a != b for a, b in zip(default, other, strict=True))
 
 
-def test_ctrl_c_ends_in_one_line(demo_cache, clone):
-    process = subprocess.Popen([sys.executable, clone / "try2.py"], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=demo_environment(demo_cache))
-    for line in process.stdout:
-        if line == "warm-up\n":
-            break
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (1, "FAIL: interrupted\n")
-
-
-@pytest.mark.parametrize("script", ["train.py", "prepare.py"])
-def test_a_closed_pipe_ends_quietly(script, demo_cache, tmp_path):
-    """prepare.py meets it while it prepares, under the cache's lock."""
-    cache = demo_cache if script == "train.py" else tmp_path
-    done = subprocess.run(["bash", "-c", f"{sys.executable} {script} | head -n 1"], cwd=ROOT, capture_output=True,
-                          text=True, timeout=200, env=demo_environment(cache, PATH="/usr/bin:/bin"))
+def test_a_closed_pipe_ends_quietly_even_under_the_caches_lock():
+    command = f"{sys.executable} prepare.py --contract demo | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, text=True, capture_output=True, timeout=200)
     assert done.stdout.startswith("contract: demo (") and done.stdout.count("\n") == 1
     assert done.stderr == ""
 
 
-def test_a_user_number_without_a_name_gets_one_because_torch_asks_for_it(monkeypatch, capsys):
-    pytest.importorskip("pwd")
-    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
-    prepare.run_main(lambda: print(getpass.getuser()))
-    assert capsys.readouterr().out == f"user-{os.getuid()}\n"
-
-
-@pytest.mark.parametrize("command, spoil, words", [
-    (["train.py", "--help"], None, "train.py takes no arguments, but got ['--help']; edit its"),
-    (["-S", "train.py"], None, "No module named 'torch'. Start with `uv run train.py`"),
-    (["try2.py"], lambda clone: (clone / "runs.jsonl").mkdir(), "cannot write the record of this run, "),
-], ids=["--help", "no torch", "runs.jsonl"])
-def test_a_run_that_cannot_be_ends_in_one_line_before_its_first_step(command, spoil, words, demo_cache, clone):
-    if spoil:
-        spoil(clone)
-    done = run(*command, cwd=clone, **demo_environment(demo_cache))
+def test_a_python_without_torch_is_told_how_to_start_in_one_line():
+    done = run("-S", "train.py")
     assert done.returncode == 1 and done.stderr.startswith("FAIL: ") and done.stderr.count("\n") == 1
-    assert words in done.stderr and not step_lines(done.stdout)
+    assert "No module named 'torch'. Start with `uv run train.py`" in done.stderr
