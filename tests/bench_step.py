@@ -4,8 +4,8 @@ Time the training step of train.py and of another commit's train.py, in turn, in
     uv run tests/bench_step.py [REVISION]        (default: HEAD)
 
 Each version has its own knobs, the active contract's context and vocabulary, and random tokens: no
-data is needed. Prints the milliseconds of each stage, medians and range of ROUNDS rounds of STEPS
-steps, and the ratio of a token's time; equal versions gave 0.97 to 1.01 on two cores that others
+data is needed. Prints the milliseconds of a step, median and range of ROUNDS rounds of STEPS steps,
+and the ratio of a token's time; equal versions gave 0.97 to 1.01 on two cores that others
 use (n = 6). 3c96724 and later have the names used here.
 """
 
@@ -37,8 +37,7 @@ def load(path: Path, source: str):
 
 
 def stepper(train, device: torch.device, contract: prepare.Contract):
-    """A function that takes one step and returns the seconds of its stages, and the step's tokens; built
-    as in train.main."""
+    """A function that takes a step and returns its seconds, and its tokens; built as in train.main."""
     kind, T, dtype = device.type, contract.max_seq_len, train.compute_dtype(device)
     train.choose_attention(device, train.ATTENTION)
     config, total, rows = train.sizes(kind, T, contract.vocab_size)
@@ -46,30 +45,17 @@ def stepper(train, device: torch.device, contract: prepare.Contract):
     if compiled:
         train.compile_parts()
     model, optimizer = train.build(config, device, dtype, compiled, 42)
-    accumulation = total // (rows * T)
     tokens = torch.randint(config.vocab_size, (rows, T + 1), device=device)
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    batches = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())] * (total // (rows * T))
     autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
-    def now():
+    def step():
+        began = time.perf_counter()
+        with autocast:
+            train.train_step(model, optimizer, batches)
         if kind != "cpu":
             getattr(torch, kind).synchronize()
-        return time.perf_counter()
-
-    def step():
-        forward = backward = 0.0
-        for _ in range(accumulation):
-            began = now()
-            with autocast:
-                loss = model(x, y) / accumulation
-            middle = now()
-            loss.backward()
-            ended = now()
-            forward, backward = forward + middle - began, backward + ended - middle
-        optimizer.step()
-        optimized = now() - ended
-        optimizer.zero_grad(set_to_none=True)
-        return forward, backward, optimized
+        return time.perf_counter() - began
 
     for _ in range(WARM):
         step()
@@ -94,15 +80,12 @@ def main():
             for name in list(steps)[:: -1 if i % 2 else 1]:
                 spent[name].append(steps[name][0]())
         for name, seconds in spent.items():
-            stages = [sum(stage) / STEPS * 1000 for stage in zip(*seconds)]
-            rounds[name].append([*stages, sum(stages)])
+            rounds[name].append(sum(seconds) / STEPS * 1000)
     print(f"{prepare.device_name(device)}, torch {torch.__version__}, ms per step, {ROUNDS} rounds of {STEPS} steps")
-    print(f"{'':12} {'forward':>10} {'backward':>10} {'optimizer':>10} {'step':>10}   range")
     for name, seen in rounds.items():
-        medians, whole = map(statistics.median, zip(*seen)), [stages[-1] for stages in seen]
-        print(f"{name[:12]:12} {' '.join(f'{m:10.1f}' for m in medians)}   {min(whole):.1f}-{max(whole):.1f}")
+        print(f"{name[:12]:12} {statistics.median(seen):10.1f} ({min(seen):.1f}-{max(seen):.1f})")
     more = steps["train.py"][1] / steps[revision][1]  # tokens in a step
-    ratios = [ours[-1] / theirs[-1] / more for theirs, ours in zip(rounds[revision], rounds["train.py"])]
+    ratios = [ours / theirs / more for theirs, ours in zip(rounds[revision], rounds["train.py"])]
     print(f"a token of train.py / of {revision}: {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
 
 
