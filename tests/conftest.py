@@ -162,7 +162,8 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture(autouse=True)
 def own_state(tmp_path, monkeypatch):
-    """No test sees the user's cache, environment or working directory, nor what another test left in the modules."""
+    """No test sees the user's cache, environment or folder, nor modules or random state of another test."""
+    torch.manual_seed(0)
     for name in list(os.environ):
         if name.startswith(("AUTORESEARCH_", "HF_")):
             monkeypatch.delenv(name)

@@ -17,11 +17,6 @@ CONFIG = train.GPTConfig(vocab_size=50, seq_len=24, n_layer=4, n_head=2, n_kv_he
                          windows=(5, 24, 24, 5))  # each window with a value embedding and without
 
 
-@pytest.fixture(autouse=True)
-def same_numbers():
-    torch.manual_seed(0)
-
-
 def visible_keys(T, window):
     return [[max(0, t - window) <= s <= t for s in range(T)] for t in range(T)]
 
