@@ -21,9 +21,10 @@ NIGHT = NIGHTS[0][0]
 
 
 @pytest.fixture
-def execute(tmp_path):
+def execute(tmp_path, monkeypatch):
     """Run the notebook's code cells on a results.tsv (text, bytes or None: no file); returns their names and values."""
     plt.switch_backend("Agg")
+    monkeypatch.setitem(plt.rcParams, "savefig.dpi", 30)  # coarse pictures, fast
 
     def execute(results, evidence=None):
         for name, content in (("results.tsv", results), ("runs.jsonl", evidence)):
@@ -197,7 +198,9 @@ def test_most_scores_lie_inside_the_picture_outliers_are_counted_and_kept_runs_a
 
 
 @pytest.mark.parametrize("content, count", [(night(), 8), (NIGHT, 5)])
-def test_labels_overlap_neither_each_other_nor_the_axes_and_the_largest_gains_have_one(content, count, execute):
+def test_labels_overlap_neither_each_other_nor_the_axes_and_the_largest_gains_have_one(
+        content, count, execute, monkeypatch):
+    monkeypatch.setitem(plt.rcParams, "savefig.dpi", "figure")  # measured as they are drawn
     names = execute(content)
     axes = names["axes"]
     boxes = [Text.get_window_extent(label) for label in axes.texts]
