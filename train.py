@@ -715,11 +715,7 @@ def build(config, device, dtype, compiled, seed):
         raise prepare.Failure(f"{', '.join(empty)}: left as torch.empty made it; fill it where it is made")
     if strided := [name for name, tensor in tensors if not tensor.is_contiguous()]:
         raise prepare.Failure(f"{', '.join(strided)}: a view of part of a tensor; add .contiguous() where it is made")
-    return model, build_optimizer(model, compiled, dtype)
-
-
-def build_optimizer(model, compiled, dtype):
-    return MuonAdamW(parameter_groups(model), compiled, dtype)
+    return model, MuonAdamW(parameter_groups(model), compiled, dtype)
 
 
 def train_step(model, optimizer, batches):
@@ -782,15 +778,16 @@ def main():
     config = replace(config, vocab_size=tokenizer.get_vocab_size())  # little text makes fewer tokens
     if knob("COMPILE", kind):
         compile_parts()
-    model, optimizer = build(config, device, dtype, knob("COMPILE", kind), seed)
-    n_params = sum(p.numel() for p in model.parameters())
-    print(f"model: {n_params / 1e6:.1f} M parameters, {config.n_layer} layers, width {config.n_embd}, "
-          f"{config.n_head} heads of {config.n_embd // config.n_head}; {total_batch_size:,} tokens per step")
     print("warm-up", flush=True)
 
-    # Warm-up on random tokens: compile, find the batch that fits, let the exam refuse a model
+    # Warm-up on random tokens: compile, find the batch that fits, let the exam refuse a model. What
+    # is trained then is built anew, as if nothing had been
+    fits = False
     while True:
+        model, optimizer = build(config, device, dtype, knob("COMPILE", kind), seed)
         grad_accum_steps = total_batch_size // (device_batch_size * T)
+        if fits:
+            break
         try:
             for _ in range(WARMUP_STEPS):
                 tokens = torch.randint(config.vocab_size, (device_batch_size, T + 1), device=device)
@@ -799,31 +796,22 @@ def main():
                     train_step(model, optimizer, [batch] * min(2, grad_accum_steps)).item()
             with autocast:
                 prepare.check_model(model, device_batch_size)
-            break
+            fits = True
         except RuntimeError as error:
             if not prepare.is_out_of_memory(error) or device_batch_size == 1:
                 raise
         # Outside the except block, whose exception keeps the failed step's tensors alive
-        rows = range(device_batch_size // 2, 0, -1)
-        device_batch_size = next(n for n in rows if total_batch_size % (n * T) == 0)
-        optimizer.zero_grad(set_to_none=True)
+        if not fits:
+            rows = range(device_batch_size // 2, 0, -1)
+            device_batch_size = next(n for n in rows if total_batch_size % (n * T) == 0)
+            print(f"out of memory: now DEVICE_BATCH_SIZE is {device_batch_size}, with "
+                  f"{total_batch_size // (device_batch_size * T)} batches per step")
+        del model, optimizer
         gc.collect()
         torch.cuda.empty_cache()
-        print(f"out of memory: now DEVICE_BATCH_SIZE is {device_batch_size}, with "
-              f"{total_batch_size // (device_batch_size * T)} batches per step")
-    # As if nothing had been: a new optimizer, and in the compiled model the values of a fresh one
-    del optimizer
-    fresh = build(config, device, dtype, False, seed)[0]
-    with torch.no_grad():
-        for values in (nn.Module.named_parameters, nn.Module.named_buffers):
-            used = dict(values(getattr(model, "_orig_mod", model)))  # that torch.compile(model) wraps
-            for key, new in values(fresh):
-                if key not in used:
-                    raise prepare.Failure(f"warm-up changed {key}, and main's model has none of that name "
-                                          "to put back; wrap the model in build, or after warm-up")
-                used[key].copy_(new)
-    del fresh, new, used
-    optimizer = build_optimizer(model, knob("COMPILE", kind), dtype)
+    n_params = sum(p.numel() for p in model.parameters())
+    print(f"model: {n_params / 1e6:.1f} M parameters, {config.n_layer} layers, width {config.n_embd}, "
+          f"{config.n_head} heads of {config.n_embd // config.n_head}; {total_batch_size:,} tokens per step")
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
 

@@ -95,22 +95,26 @@ def numpy_muon(p, g, m, s, momentum, lr, weight_decay, beta2):
     return p - lr * np.sqrt(max(1, rows / cols)) * (update + decay), m, s
 
 
-@pytest.mark.parametrize("rows, cols", [(24, 24), (40, 16), (16, 40), (2, 32)])
-def test_muon_agrees_with_a_derivation_by_singular_values(rows, cols):
+@pytest.mark.parametrize("rows, cols, heads", [
+    (24, 24, 1), (40, 16, 1), (16, 40, 1), (2, 32, 1), (48, 24, 2), (48, 24, 4)])
+def test_muon_agrees_with_a_derivation_by_singular_values(rows, cols, heads):
+    """Heads are matrices by themselves, here as tall as wide and half as tall."""
     p = torch.randn(rows, cols)
-    p64, m64, s64 = p.double().numpy(), np.zeros((rows, cols)), np.zeros(max(rows, cols))
-    optimizer = train.MuonAdamW([{"kind": "muon", "params": [p]}])
+    parts = [(part, 0 * part, np.zeros(max(part.shape))) for part in np.split(p.double().numpy(), heads)]
+    optimizer = train.MuonAdamW([{"kind": "muon", "params": [p], "heads": heads}])
     for step in range(8):
         p.grad = torch.randn(rows, cols)
         options = {"momentum": 0.85 + step / 100, "lr": 0.05 / (1 + step),
                    "weight_decay": 0.3 - step / 40, "beta2": 0.9}
         optimizer.param_groups[0].update(options)
         optimizer.step()
-        p64, m64, s64 = numpy_muon(p64, p.grad.double().numpy(), m64, s64, **options)
+        gradients = np.split(p.grad.double().numpy(), heads)
+        parts = [numpy_muon(p64, g, m64, s64, **options) for (p64, m64, s64), g in zip(parts, gradients)]
+        p64, m64, s64 = map(np.concatenate, zip(*parts))
         # float32 through five cubic iterations of gain up to 8 each
         np.testing.assert_allclose(p.numpy(), p64, rtol=0, atol=2e-4)
         m, s = optimizer.state[p].values()
-        np.testing.assert_allclose(m.numpy(), m64, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(m.flatten(0, 1).numpy(), m64, rtol=0, atol=1e-5)
         np.testing.assert_allclose(s.flatten().numpy(), s64, rtol=1e-2)
 
 
@@ -198,7 +202,8 @@ def test_changing_scalars_and_a_second_optimizer_compile_nothing_anew_and_few_nu
         compilations.clear()
         model = train.GPT(CONFIG).to(device)
         optimizer, second = (train.MuonAdamW(train.parameter_groups(model), True) for _ in range(2))
-        sizes = {(g["kind"], p.shape, g.get("heads")): p.numel() * (len(g["params"]) if g["kind"] == "muon" else 1)
+        sizes = {(g["kind"], p.shape, g.get("heads")):
+                 p.numel() * (len(g["params"]) if g["kind"] == "muon" else 1)
                  for g in optimizer.param_groups for p in g["params"]}
         large = [kind for (kind, *_), size in sizes.items() if size >= 1000 and kind in kinds]
         for step in range(10):
