@@ -7,10 +7,9 @@ next token's logit, by how much it lowers the score, and what the probes say of 
     one position      1 nat at 254: 0.0020, 0.0022        5 nats at 77: 0.0075, 0.0085
     some positions    5 nats at 200 to 249: 0.377, 0.394  at 65 to 119: 0.416, 0.423
 
-How far honest models move a target (nats; limit LEAK_NATS): on a CPU in float32 the mixture of experts 1e-6,
-others 0, linear attention in chunks, a scan of states and soft experts among them. On an H100, float32 and
-bfloat16, T 2048, batches of 32 and 7: train.py's (fa3 compiled and not, varlen, sdpa) and all kinds 0, but
-the convolution by FFT, 3.6e-5 in float32 and 0.048 under bfloat16 autocast.
+How far honest models move a target (nats; limit LEAK_NATS): on a CPU in float32 the mixture of experts 1e-6, the other
+kinds of HONEST 0. On an H100, float32 and bfloat16, T 2048, batches of 32 and 7: train.py's (fa3 compiled and not,
+varlen, sdpa) and all kinds 0, but the convolution by FFT, 3.6e-5 in float32 and 0.048 under bfloat16 autocast.
 """
 
 import contextlib
@@ -257,6 +256,22 @@ def test_a_model_that_mixes_later_tokens_in_is_refused_in_warm_up_already(tiny, 
     refused(model, tiny, "sees the future", batch_size)
 
 
+def future_attention(q, k, v, window):
+    """Attention whose window is off by one to the right."""
+    T = q.size(1)
+    distance = torch.arange(T)[:, None] - torch.arange(T)[None, :]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    mask = (distance >= -1) & (distance <= window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def test_attention_off_by_one_to_the_right_is_refused(tiny, monkeypatch):
+    model = small_gpt(tiny, "SL", steps=30)
+    prepare.check_model(model, 16)
+    monkeypatch.setattr(train, "attention", future_attention)
+    refused(model, tiny, "sees the future")
+
+
 def test_a_masked_vocabulary_entry_or_a_constant_does_not_hide_a_leak(tiny):
     leaky, honest = Small(tiny.get_vocab_size(), LEAKS["next token"]), Small(tiny.get_vocab_size())
     masked = torch.zeros(tiny.get_vocab_size())
@@ -348,6 +363,34 @@ def test_a_tampered_exam_a_missing_one_and_another_tokenizer_are_refused(tiny):
 # Honest models are never refused
 
 
+class ChunkedLinearAttention(nn.Module):
+    def __init__(self, C, chunk=8):
+        super().__init__()
+        self.qkv, self.chunk = nn.Linear(C, 3 * C, bias=False), chunk
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(1, (-1, self.chunk)) for t in self.qkv(x).chunk(3, -1))
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        state = F.pad((k.mT @ v).cumsum(1)[:, :-1], (0, 0, 0, 0, 1, 0))  # at each chunk's beginning
+        seen = F.pad(k.sum(2).cumsum(1)[:, :-1], (0, 0, 1, 0))
+        y = q @ state + (q @ k.mT).tril() @ v
+        return (y / (q * (seen[:, :, None] + k.cumsum(2))).sum(-1, keepdim=True)).flatten(1, 2)
+
+
+class StateSpaceScan(nn.Module):
+    def __init__(self, C):
+        super().__init__()
+        self.a, self.b = nn.Linear(C, C), nn.Linear(C, C)
+
+    def forward(self, x):
+        a, b, reach = torch.sigmoid(self.a(x)), self.b(x), 1
+        while reach < x.size(1):  # an associative scan by doubling
+            b = b + a * F.pad(b[:, :-reach], (0, 0, reach, 0))
+            a = a * F.pad(a[:, :-reach], (0, 0, reach, 0), value=1.0)
+            reach *= 2
+        return b
+
+
 class Experts(nn.Module):
     """Two experts of eight per token, none dropped: each expert's matrix product has as many rows as chose it."""
 
@@ -363,6 +406,11 @@ class Experts(nn.Module):
             token, choice = torch.where(expert == e)
             y = y.index_add(0, token, ((flat[token] @ self.w[e]) * weight[token, choice, None]).to(y.dtype))
         return y.view_as(x) + F.pad(x[:, :-1], (0, 0, 1, 0))
+
+
+class SoftExperts(Experts):
+    def forward(self, x):
+        return torch.einsum("bte,btc,ecd->btd", self.router(x).softmax(-1), x, self.w)
 
 
 class Recurrent(nn.Module):
@@ -387,7 +435,7 @@ class FourierConvolution(nn.Module):
         return torch.fft.irfft(spectrum, 2 * T, dim=1)[:, :T]
 
 
-HONEST = [Experts, Recurrent, FourierConvolution]
+HONEST = [ChunkedLinearAttention, StateSpaceScan, Experts, SoftExperts, Recurrent, FourierConvolution]
 
 
 class Stack(nn.Module):
