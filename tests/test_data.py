@@ -502,4 +502,4 @@ def test_the_demo_corpus_is_long_docstrings_once_each_split_by_module_and_writte
     assert command()[0] == 0 and pq.read_table(train)["text"].to_pylist() == texts[1]
     before, after = state_of(demo / "demo"), state_of(tmp_path / "copy" / "demo")
     changed = {name for name in before | after if before.get(name) != after.get(name)}
-    assert changed == {"parquet/train.parquet", "tokens/train.parquet.bin"}
+    assert changed == {"parquet/train.parquet", "token_ids/train.parquet.bin"}
