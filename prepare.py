@@ -330,9 +330,9 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -
     for attempt in range(ATTEMPTS):
         time.sleep(attempt and PATIENCE / 60 * 2**attempt)
         start = part.stat().st_size if part.exists() else 0
-        asked = {"Range": f"bytes={start}-"} if start else {}
+        headers = {"Range": f"bytes={start}-"} if start else {}
         try:
-            with session.get(url, headers=asked, stream=True) as response:
+            with session.get(url, headers=headers, stream=True) as response:
                 code, came = response.status_code, response.headers
                 resumed = came.get("Content-Range", "").startswith(f"bytes {start}-")
                 if code == 416 or (code == 206 and not resumed):
@@ -347,8 +347,9 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -
                     for chunk in response.iter_content(2**16):
                         file.write(chunk)
                         bar.update(len(chunk))
-        except requests.RequestException as error:
-            why = f"{_host(url)}: {_cause(error)}"
+        except (requests.RequestException, ValueError) as error:  # ValueError: an odd redirect
+            asked = getattr(error, "request", None)  # by now perhaps of another host
+            why = f"{_host(asked.url if asked is not None else url)}: {_cause(error)}"
             continue
         answers = (*response.history, response)
         tags = (answer.headers.get("X-Linked-ETag", "").strip('"').lower() for answer in answers)
@@ -385,10 +386,10 @@ def _host(url: str) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason of a requests error: the outer ones show URLs, signed ones too."""
+    """The innermost reason of a requests error, without URLs, which may hold a password."""
     while inner := error.__cause__ or error.__context__:
         error = inner
-    return (str(error) or repr(error))[:200]
+    return re.sub(r"://\S*", "://…", str(error) or repr(error))[:200]
 
 
 def _check_text_column(schema: pa.Schema) -> None:
@@ -567,9 +568,9 @@ def read_documents(contract: Contract, parts: list[Part], bos: int) -> Iterator[
     """The tokenized documents of some parts in dataset order, uint16, memory-mapped."""
     for name, start, stop in parts:
         path = contract.folder / "token_ids" / f"{name}.bin"
-        if not path.stat().st_size:
-            continue
         try:
+            if not path.stat().st_size:
+                continue
             tokens = np.asarray(np.memmap(path, np.uint16, "r"))  # a memmap is slow to slice
         except (OSError, ValueError) as error:
             raise Failure(
@@ -644,9 +645,12 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
             if path.exists() and _sha256(path) != before[path.name]:
                 print(f"{path} is not what it was when it was made; making it again")
                 path.unlink()
-        if not (folder / "tokenizer.tiktoken").exists():  # what an older one made goes first
+        # What an older tokenizer made goes first; and exams of commits that lost text at a terminal
+        anew = not (folder / "tokenizer.tiktoken").exists()
+        if anew or not (folder / "token_ids").exists():
             for path in [*folder.glob("*.bin"), *folder.glob("token_ids/*.bin")]:
                 path.unlink()
+        if anew:
             _write(folder / "tokenizer.tiktoken", [_train_tokenizer(contract, parts).to_bytes()])
         tokenizer = Tokenizer.from_directory(folder)
         for name in names:
@@ -1054,7 +1058,7 @@ def verdict() -> str:
 
     runs = list(itertools.dropwhile(lambda run: run["commit"] != base, runs))  # this session's
     if not of(head, 42):
-        return f"verdict: run SEED=42 (the baseline, {base}, is younger than all runs of {head})"
+        return f"verdict: run SEED=42 ({head} has no run since the baseline, {base}, was run)"
     best = next(commit for commit, status, _ in [*scored, (base, "keep", "")]
                 if status[:4] in ("keep", "kept") and of(commit, 42))
     equal = [key for key in {(run["commit"], run["seed"]) for run in runs} if len(of(*key)) > 1]

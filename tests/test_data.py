@@ -171,6 +171,17 @@ def test_a_proxys_password_is_not_shown(password, words, hub, command, cache, mo
     assert code == 1 and re.search(words, output) and "me:" not in output
 
 
+@pytest.mark.parametrize("location, words", [
+    ("http://127.0.0.1:9/x?sig=hush", "127.0.0.1:9: .*refused"), ("http://cdn[/hush", "Invalid"),
+    ("ftp://me:hush@cdn/x?sig=hush", "No connection adapters"), ("http://.cdn/hush", "label|host|parse"),
+    (f"http://{'a' * 64}/hush", "label|host")])
+def test_a_redirect_that_leads_nowhere_is_a_line_that_shows_no_address(location, words, hub, command, monkeypatch):
+    monkeypatch.setattr(prepare, "PATIENCE", 0.6)
+    hub.always[SHARDS[0]] = status(302, hashes=False, Location=location)
+    code, output = command()
+    assert code == 1 and re.search(f"{SHARDS[0]}: .*({words})", output) and "hush" not in output
+
+
 @pytest.mark.parametrize("after", [
     lambda left, body: left, lambda left, body: b"junk" * 700, lambda left, body: body + b"more",
 ], ids=["half", "junk", "too much"])
@@ -227,6 +238,21 @@ def test_a_complete_cache_is_left_alone_and_only_what_is_gone_or_spoilt_is_made_
         path.write_bytes(acts.flipped(path.read_bytes()))
         code, output = command()
         assert code == 0 and state_of(cache) == good and str(path) in output
+
+
+def test_an_exam_of_a_commit_that_lost_text_at_a_terminal_is_packed_anew_though_its_sum_and_time_are_right(
+        hub, command, cache, good):
+    command()
+    exam, sums = cache / "val.bin", cache / "SHA256SUMS"
+    made, before = exam.stat(), prepare._sha256(exam)
+    exam.write_bytes(acts.flipped(exam.read_bytes()))
+    os.utime(exam, ns=(made.st_atime_ns, made.st_mtime_ns))
+    sums.write_text(sums.read_text().replace(before, prepare._sha256(exam)))
+    (cache / "token_ids").rename(cache.parent / "tokens")
+    with pytest.raises(prepare.Failure, match="cannot read .*parquet.bin .*prepare.py"):
+        next(prepare.make_dataloader(prepare.Tokenizer.from_directory(), 1, 32, "train"))
+    code, output = command()
+    assert code == 0 and state_of(cache) == good and "the fingerprint says so" in output
 
 
 def test_text_in_the_place_of_other_text_is_packed_anew_however_old_its_file_is(command, cache, shards, good):

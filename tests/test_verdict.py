@@ -81,7 +81,7 @@ def test_what_was_scored_before_the_baseline_is_neither_judged_nor_best(monkeypa
     night.baseline("basebas", 1.50, 1.58, 1.52, 1.58)
     night.head = "oldbest"
     night.row("keep")
-    assert night.verdict() == "run SEED=42 (the baseline, basebas, is younger than all runs of oldbest)"
+    assert night.verdict() == "run SEED=42 (oldbest has no run since the baseline, basebas, was run)"
     assert night.verdict(1.40) == "keep"
     assert "best basebas" in prepare.verdict()
 

@@ -105,10 +105,10 @@ for code, error in {REFUSED!r}:
 
 def test_the_demo_goes_from_a_damaged_cache_to_a_score(tmp_path):
     made = tmp_path / "cache" / "demo"
-    (made / "tokens").mkdir(parents=True)
+    (made / "token_ids").mkdir(parents=True)
     names = "tokenizer.tiktoken", "val.bin", "test.bin"
     (made / "SHA256SUMS").write_text("".join(f"{'0' * 64}  {name}\n" for name in names))
-    for name in (*names, "tokens/train.parquet.bin"):  # files to replace
+    for name in (*names, "token_ids/train.parquet.bin"):  # files to replace
         (made / name).write_bytes(b"damaged")
     done = windows(tmp_path, "train.py", AUTORESEARCH_CONTRACT="demo", AUTORESEARCH_TIME_BUDGET="1")
     output = done.stdout.decode("cp1252")
