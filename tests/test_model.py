@@ -207,6 +207,9 @@ def test_a_compiled_model_is_the_plain_one_and_more_layers_compile_no_more(compi
         model.train()(idx, idx)
         assert compilations.frame_count == compiled[-1]  # neither a second batch nor more training
     assert compiled[0] == compiled[1] > 0
+    twin = built(n_layer=len(windows), windows=windows, bigram_rows=1000)  # as after warm-up
+    twin(idx, idx).backward()
+    assert compilations.frame_count == compiled[-1]
     average = copy.deepcopy(model)  # has weights of its own
     torch.nn.init.zeros_(average.lm_head.weight)
     assert model(idx).any() and not average(idx).any()

@@ -119,10 +119,10 @@ def test_muon_agrees_with_a_derivation_by_singular_values(rows, cols, heads):
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
-@pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
-def test_a_stack_steps_as_each_matrix_alone_also_while_one_of_it_is_frozen(shape, frozen):
+@pytest.mark.parametrize("shape, heads", [((24, 16), 1), ((16, 24), 2)])
+def test_a_stack_steps_as_each_matrix_alone_also_while_one_of_it_is_frozen(shape, heads, frozen):
     """Batched and single products may round differently; float32 over six steps."""
-    options = {"kind": "muon", "momentum": 0.9, "lr": 0.1, "weight_decay": 0.1, "beta2": 0.95}
+    options = {"kind": "muon", "heads": heads, "momentum": 0.9, "lr": 0.1, "weight_decay": 0.1, "beta2": 0.95}
     together = list(torch.randn(3, *shape).unbind())
     alone = [p.clone() for p in together]
     stacks = together, *([p] for p in alone)
@@ -137,16 +137,16 @@ def test_a_stack_steps_as_each_matrix_alone_also_while_one_of_it_is_frozen(shape
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("n_layer, bigram_rows", [(1, 0), (4, 100)])
-def test_the_groups_cover_exactly_the_parameters(n_layer, bigram_rows):
-    model = train.GPT(train.GPTConfig(50, 16, n_layer, 2, 2, 64, (16,) * n_layer, bigram_rows))
+@pytest.mark.parametrize("n_layer, n_kv_head, bigram_rows", [(1, 2, 0), (4, 2, 100), (4, 1, 100)])
+def test_the_groups_cover_exactly_the_parameters(n_layer, n_kv_head, bigram_rows):
+    model = train.GPT(train.GPTConfig(50, 16, n_layer, 2, n_kv_head, 64, (16,) * n_layer, bigram_rows))
     groups = train.parameter_groups(model)
     grouped = [p for group in groups for p in group["params"]]
     assert len(grouped) == len(set(grouped)) and set(grouped) == set(model.parameters())
     heads = {p: group["heads"] for group in groups if group["kind"] == "muon" for p in group["params"]}
     assert set(heads) == set(model.h.parameters())
     by_head = {name.split(".", 2)[2] for name, p in model.h.named_parameters() if heads[p] == 2}
-    assert by_head == {"c_q.weight", "c_k.weight", "c_v.weight"}
+    assert by_head == {"c_q.weight"} | ({"c_k.weight", "c_v.weight"} if n_kv_head == 2 else set())
     for group in groups:
         assert group["kind"] == "adamw" or len({p.shape for p in group["params"]}) == 1
         assert group["initial_lr"] == group["lr"] > 0
