@@ -104,8 +104,8 @@ WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.01, "bigram": 0
 # Schedule, in shares of TIME_BUDGET
 WARMDOWN_RATIO = 0.9
 FINAL_LR_FRAC = 0.0
-# Weight of the token after the next in the loss; falls to 0 at half of the budget. In the demo 0.5
-# gained 0.006, but five seeds then differed by 0.021 instead of 0.009
+# Weight of the token after the next in the loss; falls to 0 at half of the budget. In the demo of
+# commit 1732042 0.5 gained 0.006, but five seeds then differed by 0.021 instead of 0.009
 NEXT_BUT_ONE = {"cuda": 0.5, "mps": 0.5, "cpu": 0.0}
 
 # --------------------------------------------------------------------------------------------------
@@ -557,8 +557,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def step_muon(self, group, params):
         heads = group.get("heads", 1)
-        parts, grads = ([t.unflatten(0, (heads, -1)) for t in tensors]  # views (heads, rows, cols)
-                        for tensors in (params, [p.grad for p in params]))
+        parts = [p.unflatten(0, (heads, -1)) for p in params]  # views (heads, rows, cols)
+        grads = [p.grad.unflatten(0, (heads, -1)) for p in params]
         for p, part in zip(params, parts):
             if not self.state[p]:
                 shorter = -1 if part.size(-2) >= part.size(-1) else -2
@@ -801,14 +801,14 @@ def main():
             if not prepare.is_out_of_memory(error) or device_batch_size == 1:
                 raise
         # Outside the except block, whose exception keeps the failed step's tensors alive
+        del model, optimizer
+        gc.collect()
         if not fits:
+            torch.cuda.empty_cache()
             rows = range(device_batch_size // 2, 0, -1)
             device_batch_size = next(n for n in rows if total_batch_size % (n * T) == 0)
             print(f"out of memory: now DEVICE_BATCH_SIZE is {device_batch_size}, with "
                   f"{total_batch_size // (device_batch_size * T)} batches per step")
-        del model, optimizer
-        gc.collect()
-        torch.cuda.empty_cache()
     n_params = sum(p.numel() for p in model.parameters())
     print(f"model: {n_params / 1e6:.1f} M parameters, {config.n_layer} layers, width {config.n_embd}, "
           f"{config.n_head} heads of {config.n_embd // config.n_head}; {total_batch_size:,} tokens per step")
