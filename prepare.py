@@ -357,10 +357,10 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -
         try:
             if declared not in (None, digest):
                 raise ValueError(f"SHA-256 is {digest[:12]}…, the server declares {declared[:12]}…")
-            _check_text_column(pq.read_schema(part))
+            pq.read_schema(part).field("text")
             os.replace(part, path)
             return None
-        except (pa.ArrowException, ValueError, OSError) as error:
+        except (pa.ArrowException, ValueError, OSError, KeyError) as error:
             kind, problem = came.get("Content-Type", "something"), str(error).splitlines()[0]
             why = f"{kind} came: {problem[:120]}"
             part.unlink(missing_ok=True)
@@ -392,14 +392,6 @@ def _cause(error: BaseException) -> str:
     return re.sub(r"://\S*", "://…", str(error) or repr(error))[:200]
 
 
-def _check_text_column(schema: pa.Schema) -> None:
-    """Raise ValueError unless a parquet file has texts."""
-    kind = str(schema.field("text").type) if "text" in schema.names else "nothing"
-    if not re.match("(dictionary<values=)?(large_)?string", kind):
-        names = ", ".join(schema.names)
-        raise ValueError(f"column `text` holds {kind}, not strings (columns: {names})")
-
-
 def _write_docstrings(folder: Path) -> None:
     """Write the docstrings of PACKAGES, split and shuffled by hash, where no file is yet."""
     print(f"reading the docstrings of {', '.join(PACKAGES)}", flush=True)
@@ -429,7 +421,9 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     """A parquet file of texts; a Failure names it if it is none, or if reading it fails."""
     try:
         with pq.ParquetFile(path) as file:
-            _check_text_column(file.schema_arrow)
+            kind = str(file.schema_arrow.field("text").type)
+            if not re.match("(dictionary<values=)?(large_)?string", kind):
+                raise ValueError(f"column `text` holds {kind}, not strings")
             yield file
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # no UTF-8, say
         problem = str(error).splitlines()[0][:200]
