@@ -364,9 +364,7 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -
             kind, problem = came.get("Content-Type", "something"), str(error).splitlines()[0]
             why = f"{kind} came: {problem[:120]}"
             part.unlink(missing_ok=True)
-            if declared == digest:  # the source is like that
-                break
-    return f"{why}; gave up after attempt {attempt + 1}"
+    return f"{why}; gave up after {ATTEMPTS} attempts"
 
 
 def _is_address(url: str) -> bool:
