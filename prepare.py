@@ -390,28 +390,26 @@ def _cause(error: BaseException) -> str:
     return re.sub(r"://\S*", "://…", str(error) or repr(error))[:200]
 
 
-def _write_docstrings(folder: Path) -> None:
-    """Write the docstrings of PACKAGES, split and shuffled by hash, where no file is yet."""
+def _write_docstrings(folder: Path, names: list[str]) -> None:
+    """Write the docstrings of PACKAGES, split and shuffled by hash, to files of these names."""
     print(f"reading the docstrings of {', '.join(PACKAGES)}", flush=True)
-    split_of = {}
+    file_of = {}
     for root in (Path(importlib.util.find_spec(package).origin).parent for package in PACKAGES):
         for path in sorted(root.rglob("*.py")):
             module = path.relative_to(root.parent).as_posix()
             if {"tests", "testing"} & set(module.split("/")):
                 continue
             digit = hashlib.sha256(module.encode()).digest()[0] % 10
+            file = {0: "val.parquet", 1: "test.parquet"}.get(digit, "train.parquet")
             source = path.read_text(encoding="utf-8", errors="replace")
             for text in map(inspect.cleandoc, re.findall(DOCSTRING, source, re.DOTALL)):
                 if len(text) >= MIN_DOCSTRING:
-                    split_of.setdefault(text, {0: "val", 1: "test"}.get(digit, "train"))
-    for split in ("train", "val", "test"):
-        path = folder / f"{split}.parquet"
-        if path.exists():
-            continue
-        texts = sorted((text for text in split_of if split_of[text] == split),
+                    file_of.setdefault(text, file)
+    for name in names:
+        texts = sorted((text for text in file_of if file_of[text] == name),
                        key=lambda text: hashlib.sha256(text.encode()).digest())
         pq.write_table(pa.table({"text": texts}), buffer := pa.BufferOutputStream())
-        _write(path, [buffer.getvalue()])
+        _write(folder / name, [buffer.getvalue()])
 
 
 @contextlib.contextmanager
@@ -628,7 +626,7 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
         (folder / "parquet").mkdir(exist_ok=True)
         missing = [name for name in names if not (folder / "parquet" / name).exists()]
         if missing and contract.dataset == DOCSTRINGS:
-            _write_docstrings(folder / "parquet")
+            _write_docstrings(folder / "parquet", missing)
         elif missing:
             _download_all(contract, missing, workers)
 
