@@ -757,7 +757,6 @@ LEAK_BPB = 0.001
 LEAK_NATS = 0.05
 
 
-@torch.no_grad()
 def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> float:
     """Return bits per byte: how many bits the model needs for a byte of the exam's text.
 
@@ -783,7 +782,6 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     return bpb
 
 
-@torch.no_grad()
 def check_model(model: Callable, batch_size: int) -> None:
     """Try a sample of the exam's probes on rows drawn at random, in warm-up. Raises ExamError.
 
@@ -806,6 +804,7 @@ def load_exam(contract: Contract, split: str, tokenizer: Tokenizer) -> torch.Ten
     return torch.from_numpy(rows.astype(np.int32))
 
 
+@torch.no_grad()
 def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer, cuts: int,
              halvings: int) -> torch.Tensor:
     """Return -ln p of the batches' targets, float32 (rows, T), in eval mode, on the model's device.
