@@ -706,16 +706,15 @@ def make_dataloader(
         _RUN.begin()
     else:
         parts = [getattr(contract, split)]
+    bos = tokenizer.get_bos_token_id()
+    if next(read_documents(contract, parts, bos), None) is None:  # all passes would be as empty
+        raise Failure(f"no documents in {[name for name, _, _ in parts]} of {contract.folder}")
 
     def documents() -> Iterator[np.ndarray]:
         nonlocal epoch
-        found = True
-        while found:
-            epoch, found = epoch + 1, False
-            for document in read_documents(contract, parts, tokenizer.get_bos_token_id()):
-                found = True
-                yield document
-        raise Failure(f"no documents in {[name for name, _, _ in parts]} of {contract.folder}")
+        while True:
+            epoch += 1
+            yield from read_documents(contract, parts, bos)
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         rows = pack_rows(documents(), T + 1, buffer_size)
