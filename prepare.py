@@ -460,10 +460,8 @@ class Tokenizer:
         try:
             pairs = (line.split() for line in path.read_bytes().splitlines())
             return cls({base64.b64decode(token, validate=True): int(rank) for token, rank in pairs})
-        except FileNotFoundError:
-            raise Failure(f"no tokenizer at {path}; run: uv run prepare.py") from None
-        except Exception as error:
-            raise Failure(f"{path} is damaged ({error}); delete it, uv run prepare.py") from error
+        except Exception as error:  # OSError, ValueError, or what tiktoken raises
+            raise Failure(f"cannot read {path} ({error}); delete it, uv run prepare.py") from error
 
     def to_bytes(self) -> bytes:
         """tokenizer.tiktoken: per line a token's bytes in base64, and its rank."""
