@@ -1165,9 +1165,6 @@ def main() -> None:
     prepare(contract, shards, arguments.download_workers)
     if arguments.contract:
         _note(cache_dir() / "active", contract.name)
-        first = os.environ.get("AUTORESEARCH_CONTRACT", contract.name)
-        if first != contract.name:
-            print(f"note: AUTORESEARCH_CONTRACT={first} still goes first")
     seconds = time.monotonic() - start
     print(f"ready: {fingerprint(contract)} in {seconds:.1f} s; now: uv run train.py")
 
