@@ -304,9 +304,8 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
         size = 0  # it does not say
     need, free = size * 5 / 2e9, shutil.disk_usage(folder).free / 1e9  # text, and tokens
     if need > free:
-        raise Failure(
-            f"not enough disk: about {need:.1f} GB needed, {free:.1f} GB free in {folder}. Free "
-            "some, ask for fewer --num-shards, or move AUTORESEARCH_CACHE.")
+        raise Failure(f"about {need:.1f} GB needed, {free:.1f} GB free in {folder}. Free some, ask "
+                      "for fewer --num-shards, or move AUTORESEARCH_CACHE")
     problems, bar = [], _progress(f"download {size / 1e6:,.0f} MB", size or None, "B")
     with session, bar, ThreadPoolExecutor(workers) as pool:
         try:
@@ -319,9 +318,8 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
             print("FAIL: interrupted", file=sys.stderr, flush=True)
             os._exit(1)
     if problems:
-        raise Failure(
-            f"{len(problems)} of {len(names)} files are missing:\n{''.join(problems)}"
-            f"Run this again: what is complete is kept, what broke off goes on.\n{offline}")
+        raise Failure(f"{len(problems)} of {len(names)} files are missing:\n{''.join(problems)}Run "
+                      f"this again: what is complete is kept, what broke off goes on.\n{offline}")
 
 
 def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -> str | None:
@@ -423,8 +421,8 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
             yield file
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # no UTF-8, say
         problem = str(error).splitlines()[0][:200]
-        raise Failure(f"cannot read {path} ({problem}). Replace it, or delete it and run the same "
-                      "command again to get it anew") from error
+        raise Failure(f"cannot read {path} ({problem}); replace or delete it, and run the same "
+                      "command again") from error
 
 
 def _texts(file: pq.ParquetFile, group: int) -> list[str]:
@@ -523,10 +521,9 @@ def _train_tokenizer(contract: Contract, parts: list[Part]) -> Tokenizer:
     with _progress("train the tokenizer", None, " characters") as bar:
         trainer.train_from_iterator(texts(), contract.vocab_size - SPECIALS, pattern=SPLIT_PATTERN)
     if chars < contract.tokenizer_chars and contract.train_files > len(parts):
-        print(f"note: too few shards to train the tokenizer on {contract.tokenizer_chars:,} "
-              f"characters (here {chars:,}), so the fingerprint is not the usual one. The "
-              "tokenizer stays as it is; to train it anew, delete "
-              f"{contract.folder / 'tokenizer.tiktoken'}")
+        print(f"note: with so few shards the tokenizer saw {chars:,} characters instead of "
+              f"{contract.tokenizer_chars:,}, so the fingerprint is not the usual one. To train it "
+              f"on more, delete {contract.folder / 'tokenizer.tiktoken'}")
     return Tokenizer({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
 
 
@@ -561,8 +558,7 @@ def read_documents(contract: Contract, parts: list[Part], bos: int) -> Iterator[
                 continue
             tokens = np.asarray(np.memmap(path, np.uint16, "r"))  # a memmap is slow to slice
         except (OSError, ValueError) as error:
-            raise Failure(
-                f"cannot read {path} ({error}); delete it and run: uv run prepare.py") from error
+            raise Failure(f"cannot read {path} ({error}); delete it, uv run prepare.py") from error
         starts = np.flatnonzero(tokens == bos)
         stops = np.append(starts[1:], len(tokens))
         for begin, end in zip(starts[start:stop].tolist(), stops[start:stop].tolist()):
@@ -1012,8 +1008,7 @@ def verdict() -> str:
     rows = [[cell.strip(' "*`_') for cell in f"{line}\t".split("\t")]
             for line in ledger.splitlines() if line.count("\t") > 2]
     if ledger and not rows:
-        raise Failure("results.tsv has no line of cells with tabs between them; save it as UTF-8 "
-                      "text with tabs")
+        raise Failure("results.tsv has no cells with tabs between them; save it as text with tabs")
     for line in _read(HERE / "runs.jsonl", "replace").splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # no line of ours, or cut off
             run = {"script": "train.py", "evaluation": 1} | json.loads(line)
