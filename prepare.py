@@ -341,7 +341,7 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -
                     hint = "; is HF_TOKEN right?" if code in (401, 403) else ""
                     return f"HTTP {code} from {_host(response.url)}{hint}"
                 with open(part, "ab" if resumed else "wb") as file:
-                    bar.update(start if resumed else 0)
+                    bar.update(start if resumed and not attempt else 0)  # of an earlier run
                     for chunk in response.iter_content(2**16):
                         file.write(chunk)
                         bar.update(len(chunk))
