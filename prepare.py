@@ -187,26 +187,24 @@ def fingerprint(contract: Contract | None = None) -> str:
 # Files and progress
 
 
-def _write(path: Path, pieces: Iterable[bytes], source: Path | None = None) -> None:
-    """Give a file its name when it is whole. Writers hold the cache's lock: .tmp is theirs.
-
-    What is made from a source gets its time, which says whether that was replaced by hand since.
-    """
+def _write(path: Path, pieces: Iterable[bytes]) -> None:
+    """Give a file its name when it is whole. Writers hold the cache's lock: .tmp is theirs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.writelines(pieces)
-        if source:
-            time = source.stat().st_mtime_ns
-            os.utime(temporary, ns=(time, time))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _made_from(made: Path, source: Path) -> bool:
-    return made.exists() and made.stat().st_mtime_ns == source.stat().st_mtime_ns
+def _derive(path: Path, source: Path, pieces: Iterable[bytes]) -> None:
+    """Write what is made from a source, unless it is there and has the source's time."""
+    changed = source.stat().st_mtime_ns
+    if not path.exists() or path.stat().st_mtime_ns != changed:
+        _write(path, pieces)
+        os.utime(path, ns=(changed, changed))
 
 
 def _note(path: Path, text: str) -> None:
@@ -531,8 +529,8 @@ def _train_tokenizer(contract: Contract, parts: list[Part]) -> Tokenizer:
 # Tokens on disk, and packing
 
 
-def _tokenize(path: Path, target: Path, tokenizer: Tokenizer) -> None:
-    """Encode a parquet file to its .bin on all cores: tiktoken works without Python's lock."""
+def _tokenize(path: Path, tokenizer: Tokenizer) -> Iterator[bytes]:
+    """Encode a parquet file, uint16, on all cores: tiktoken works without Python's lock."""
     bos = np.array([tokenizer.get_bos_token_id()])
 
     def encode(group: int) -> bytes:
@@ -546,7 +544,7 @@ def _tokenize(path: Path, target: Path, tokenizer: Tokenizer) -> None:
         groups = range(file.num_row_groups)
     bar = _progress(f"tokenize {path.name}", len(groups), " groups")
     with bar, ThreadPoolExecutor() as pool:
-        _write(target, pool.map(encode, groups), path)
+        yield from pool.map(encode, groups)
 
 
 def read_documents(contract: Contract, parts: list[Part], bos: int) -> Iterator[np.ndarray]:
@@ -595,7 +593,7 @@ def pack_rows(documents: Iterable[np.ndarray], length: int,
         yield row
 
 
-def _pack_exam(contract: Contract, split: str, bos: int) -> np.ndarray:
+def _pack_exam(contract: Contract, split: str, bos: int) -> Iterator[bytes]:
     """The exam of a split, uint16 (rows, T + 1): its first rows."""
     count, length = contract.eval_tokens // contract.max_seq_len, contract.max_seq_len + 1
     documents = read_documents(contract, [getattr(contract, split)], bos)
@@ -604,7 +602,7 @@ def _pack_exam(contract: Contract, split: str, bos: int) -> np.ndarray:
         raise Failure(f"the {split} text of {contract.name} is too short for a row of {length}")
     if len(rows) < count:
         print(f"note: the {split} text fills {len(rows):,} of {count:,} rows; they repeat")
-    return np.resize(np.stack(rows), (count, length))
+    yield np.resize(np.stack(rows), (count, length)).tobytes()
 
 
 def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> Tokenizer:
@@ -639,14 +637,11 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
         tokenizer = Tokenizer.from_directory(folder)
         for name in names:
             text, tokens = folder / "parquet" / name, folder / "token_ids" / f"{name}.bin"
-            if not _made_from(tokens, text):
-                _tokenize(text, tokens, tokenizer)
+            _derive(tokens, text, _tokenize(text, tokenizer))
         for split in ("val", "test"):
-            name = getattr(contract, split)[0]
-            exam, tokens = folder / f"{split}.bin", folder / "token_ids" / f"{name}.bin"
-            if not _made_from(exam, tokens):
-                rows = _pack_exam(contract, split, tokenizer.get_bos_token_id())
-                _write(exam, [rows.tobytes()], tokens)
+            tokens = folder / "token_ids" / f"{getattr(contract, split)[0]}.bin"
+            rows = _pack_exam(contract, split, tokenizer.get_bos_token_id())
+            _derive(folder / f"{split}.bin", tokens, rows)
         now = {name: _sha256(folder / name) for name in made}
         if before and now != before:
             print("note: the tokenizer or the exam is not that of before; the fingerprint says so")
