@@ -357,8 +357,7 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -
             os.replace(part, path)
             return None
         except (pa.ArrowException, ValueError, OSError, KeyError) as error:
-            kind, problem = came.get("Content-Type", "something"), str(error).splitlines()[0]
-            why = f"{kind} came: {problem[:120]}"
+            why = f"{came.get('Content-Type', 'something')} came: {_cause(error)}"
             part.unlink(missing_ok=True)
     return f"{why}; gave up after {ATTEMPTS} attempts"
 
@@ -380,10 +379,10 @@ def _host(url: str) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason of a requests error, without URLs, which may hold a password."""
+    """The innermost reason, a line without URLs, which may hold a password."""
     while inner := error.__cause__ or error.__context__:
         error = inner
-    return re.sub(r"://\S*", "://…", str(error) or repr(error))[:200]
+    return re.sub(r"://\S*", "://…", str(error) or repr(error)).splitlines()[0][:200]
 
 
 def _write_docstrings(folder: Path, names: list[str]) -> None:
@@ -418,9 +417,8 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
                 raise ValueError(f"column `text` holds {kind}, not strings")
             yield file
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # no UTF-8, say
-        problem = str(error).splitlines()[0][:200]
-        raise Failure(f"cannot read {path} ({problem}); replace or delete it, and run the same "
-                      "command again") from error
+        raise Failure(f"cannot read {path} ({_cause(error)}); replace or delete it, and run the "
+                      "same command again") from error
 
 
 def _texts(file: pq.ParquetFile, group: int) -> list[str]:
