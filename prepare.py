@@ -250,8 +250,7 @@ def _progress(label: str, total: float | None, unit: str) -> tqdm.tqdm:
 # --------------------------------------------------------------------------------------------------
 # Data: download from the hub, or the docstrings that are here already
 
-# Seconds without a byte until a connection counts as broken; pauses begin at a 60th of it
-PATIENCE = 60
+PATIENCE = 60  # seconds without a byte until a connection is broken; pauses begin at a 60th of it
 ATTEMPTS = 5  # at each file
 PACKAGES = ("torch", "numpy", "sympy", "networkx")  # read for DOCSTRINGS
 MIN_DOCSTRING = 200  # characters
@@ -259,14 +258,13 @@ MIN_DOCSTRING = 200  # characters
 DOCSTRING = r"""\"{3}((?:\\.|[^\\])*?)"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|#[^\n]*"""
 
 
-def _session(workers: int) -> requests.Session:
+def _session() -> requests.Session:
     """Connections that are made again after a fault, and that send HF_TOKEN and no other secret."""
     retry = Retry(total=ATTEMPTS, connect=3, read=1, backoff_factor=PATIENCE / 60,
                   status_forcelist=(429, 500, 502, 503, 504))
     session = requests.Session()
     for scheme in ("http://", "https://"):
-        adapter = requests.adapters.HTTPAdapter(max_retries=retry, pool_maxsize=workers)
-        session.mount(scheme, adapter)
+        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
     session.headers["Accept-Encoding"] = "identity"
     timeout = (min(10, PATIENCE), PATIENCE)  # to connect, and for the next byte
     session.request = functools.partial(session.request, timeout=timeout)  # else it waits for ever
@@ -280,7 +278,7 @@ def _session(workers: int) -> requests.Session:
 
 def _download_all(contract: Contract, names: list[str], workers: int) -> None:
     """Download parquet files in parallel; raises Failure that names each missing one, and why."""
-    session, folder = _session(workers), contract.folder / "parquet"
+    session, folder = _session(), contract.folder / "parquet"
     base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
     addresses = {"HF_ENDPOINT": base}
     for scheme, proxy in requests.utils.getproxies().items():
