@@ -590,7 +590,7 @@ def pack_rows(documents: Iterable[np.ndarray], length: int,
 
 
 def _pack_exam(contract: Contract, split: str, bos: int) -> Iterator[bytes]:
-    """The exam of a split, uint16 (rows, T + 1): its first rows."""
+    """The exam of a split, uint16 (rows, T + 1), in one piece: its first rows."""
     count, length = contract.eval_tokens // contract.max_seq_len, contract.max_seq_len + 1
     documents = read_documents(contract, [getattr(contract, split)], bos)
     rows = list(itertools.islice(pack_rows(documents, length), count))
@@ -734,11 +734,8 @@ def default_device() -> torch.device:
 # --------------------------------------------------------------------------------------------------
 # Metric: the locked exam
 
-# What all that a model must not know may be worth to it, in bits per byte, and how far it may move
-# one target's log-probability, in nats. Rounding moves honest models too: by how much, says
-# tests/test_exam.py
-LEAK_BPB = 0.001
-LEAK_NATS = 0.05
+LEAK_BPB = 0.001  # bits per byte: what all that a model must not know may be worth to it
+LEAK_NATS = 0.05  # how far that may move one target; tests/test_exam.py: how far rounding does
 
 
 def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> float:
