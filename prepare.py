@@ -280,14 +280,12 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
     """Download parquet files in parallel; raises Failure that names each missing one, and why."""
     session, folder = _session(), contract.folder / "parquet"
     base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
-    addresses = {"HF_ENDPOINT": base}
-    for scheme, proxy in requests.utils.getproxies().items():
-        if scheme in ("http", "https", "all"):
-            addresses[f"{scheme}_proxy"] = proxy if "://" in proxy else f"http://{proxy}"
-    for name, address in addresses.items():
+    proxies = {f"{kind}_proxy": proxy if "://" in proxy else f"http://{proxy}"
+               for kind, proxy in requests.utils.getproxies().items()
+               if kind in ("http", "https", "all")}
+    for name, address in {"HF_ENDPOINT": base, **proxies}.items():
         if not _is_address(address):  # it may hold a password, and is not shown
-            raise Failure(f"{name} is no address like https://huggingface.co; set it again, or "
-                          "unset it")
+            raise Failure(f"{name} is no address like https://huggingface.co; mend or unset it")
     url = f"{base}/datasets/{contract.dataset}/resolve/main/"
     offline = "No network? `uv run prepare.py --contract demo` needs none."
     print(f"{len(names)} files to get from {_host(base)}", flush=True)
