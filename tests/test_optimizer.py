@@ -13,54 +13,31 @@ CONFIG = train.GPTConfig(vocab_size=50, seq_len=16, n_layer=4, n_head=2, n_kv_he
                          windows=(16,) * 4, bigram_rows=100)
 
 
-def scalars(**values):
-    return {name: torch.tensor(float(value)) for name, value in values.items()}
-
-
-def stepper(p, way):
-    """A function (grad, step, options) that steps p: as the optimizer does here, or a GPU's way."""
-    m, v = torch.zeros_like(p), torch.zeros_like(p)
-    optimizer = train.MuonAdamW([{"kind": "adamw", "params": [p], "lr": 0.0}])
-
-    def step(grad, step, **options):
-        if way == "adamw_step":
-            return train.adamw_step(p, grad, m, v, **scalars(step=step, **options))
-        optimizer.param_groups[0].update(options)
-        p.grad = grad
-        optimizer.step()
-
-    return step
-
-
-@pytest.mark.parametrize("way", ["optimizer", "adamw_step"])
-def test_adamw_is_that_of_torch_with_changing_learning_rate_and_weight_decay(way):
-    """Oracle: torch.optim.AdamW, not fused, in float64; float32 rounding of 100 steps between."""
-    p = torch.randn(40, 30)
-    oracle = torch.nn.Parameter(p.double())
+@pytest.mark.parametrize("dtype, steps, rtol, atol", [
+    (torch.float32, 100, 1e-4, 1e-5), (torch.bfloat16, 3, 3 * 2**-8, 1e-3)])
+@pytest.mark.parametrize("way", ["optimizer", "adamw_step"])  # a CPU's, a GPU's
+def test_adamw_is_that_of_torch_while_its_options_change(way, dtype, steps, rtol, atol):
+    """Oracle: torch's in float64; float32 rounding between, or that of a table and moments in bfloat16."""
+    p = torch.randn(40, 30).to(dtype)
+    oracle, m, v = torch.nn.Parameter(p.double()), torch.zeros_like(p), torch.zeros_like(p)
     adamw = torch.optim.AdamW([oracle], betas=(0.8, 0.95), eps=1e-10, foreach=False)
-    seen = stepper(p, way)
-    for step in range(1, 101):
+    options = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-10}
+    optimizer = train.MuonAdamW([{"kind": "adamw", "params": [p], **options}])
+    for step in range(1, steps + 1):
         lr, weight_decay = 0.01 * (1 + math.sin(step)), 0.1 * (step % 7)
-        grad = torch.randn_like(p) * 10 ** math.cos(step)
-        seen(grad, step, lr=lr, beta1=0.8, beta2=0.95, eps=1e-10, weight_decay=weight_decay)
+        grad = (torch.randn(40, 30) * 10 ** math.cos(step)).to(dtype)
+        if way == "optimizer":
+            optimizer.param_groups[0].update(lr=lr, weight_decay=weight_decay)
+            p.grad = grad
+            optimizer.step()
+        else:
+            numbers = {"step": float(step), "lr": lr, "weight_decay": weight_decay, **options}
+            train.adamw_step(p, grad, m, v, **{name: torch.tensor(n) for name, n in numbers.items()})
         adamw.param_groups[0].update(lr=lr, weight_decay=weight_decay)
         oracle.grad = grad.double()
         adamw.step()
-        torch.testing.assert_close(p.double(), oracle.detach(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("way", ["optimizer", "adamw_step"])
-def test_a_bfloat16_table_is_stepped_as_a_float32_one_up_to_what_is_stored(way):
-    """Three roundings of 2**-8 of a number, and the update moves by what the moments lose."""
-    table = torch.randn(40, 30).bfloat16()
-    exact = table.float()
-    steps = stepper(table, way), stepper(exact, way)
-    for number in (1, 2, 3):
-        grad = torch.randn(40, 30).bfloat16()
-        for step, g in zip(steps, (grad, grad.float())):
-            step(g, number, lr=0.01, beta1=0.8, beta2=0.95, eps=1e-10, weight_decay=0.1)
-    assert table.dtype == torch.bfloat16
-    torch.testing.assert_close(table.float(), exact, rtol=3 * 2**-8, atol=1e-3)
+        assert p.dtype == dtype
+        torch.testing.assert_close(p.double(), oracle.detach(), rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -166,27 +143,21 @@ def test_a_parameter_in_no_group_or_in_two_and_an_unknown_kind_are_errors_that_n
         train.MuonAdamW([{"params": [torch.zeros(2, 2)], "kind": "sgd"}])
 
 
-def test_what_is_no_matrix_in_a_block_trains_with_adamw():
+def test_what_is_no_matrix_in_a_block_trains_with_adamw_and_a_table_there_as_tables_do():
     model = train.GPT(CONFIG)
     model.h[1].gain, model.h[3].mlp.c_fc = torch.nn.RMSNorm(64), torch.nn.Linear(64, 256)
-    model.h[2].scale = torch.nn.Parameter(torch.tensor(0.5))
+    model.h[2].scale, model.h[1].table = torch.nn.Parameter(torch.tensor(0.5)), torch.nn.Embedding(50, 64)
     new = [model.h[1].gain.weight, model.h[2].scale, model.h[3].mlp.c_fc.bias]
     before = [p.detach().clone() for p in new]
     groups = train.parameter_groups(model)
-    group = next(g for g in groups if set(g["params"]) == set(new))
+    group, table, wte = (next(g for g in groups if set(g["params"]) == set(params))
+                         for params in (new, [model.h[1].table.weight], [model.wte.weight]))
     assert (group["kind"], group["lr"], group["weight_decay"]) == ("adamw", train.RESID_LR, 0)
+    assert (table["kind"], table["lr"]) == ("adamw", wte["lr"])
     sum(p.sum() for p in new).backward()
     train.MuonAdamW(groups).step()
     for p, old in zip(new, before):  # the first step of AdamW moves by lr against the sign
         torch.testing.assert_close(p.detach(), old - train.RESID_LR)
-
-
-def test_a_table_in_a_block_trains_as_tables_do():
-    model = train.GPT(CONFIG)
-    model.h[1].attn.table = torch.nn.Embedding(50, 64)
-    group, wte = (next(g for g in train.parameter_groups(model) if g["params"][0] is table.weight)
-                  for table in (model.h[1].attn.table, model.wte))
-    assert (group["kind"], group["lr"]) == ("adamw", wte["lr"])
 
 
 def test_changing_scalars_and_a_second_optimizer_compile_nothing_anew_and_few_numbers_nothing(
