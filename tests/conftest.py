@@ -72,10 +72,12 @@ def compilations(monkeypatch, parts):
     train.compiled_step.cache_clear()
 
 
-def write_shard(path: Path, texts: list[str]) -> None:
-    """A parquet file in the layout of the climbmix shards."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"text": texts}), path, row_group_size=50)
+def write_shards(folder: Path, texts) -> None:
+    """The five shards of TINY, in the layout of climbmix; texts(number) are those of a shard."""
+    (folder / "parquet").mkdir(parents=True)
+    for number in range(5):
+        path = folder / "parquet" / f"shard_{number:05d}.parquet"
+        pq.write_table(pa.table({"text": texts(number)}), path, row_group_size=50)
 
 
 def some_texts(seed: int, count: int = 200) -> list[str]:
@@ -118,10 +120,10 @@ def folder() -> Path:
     return prepare.active_contract()[0].folder
 
 
-def exam_rows(split: str) -> np.ndarray:
+def exam_rows(split: str = "val") -> torch.Tensor:
     """The exam of the active contract, int64 (rows, T + 1)."""
     tokens = np.fromfile(folder() / f"{split}.bin", dtype=np.uint16).astype(np.int64)
-    return tokens.reshape(-1, prepare.MAX_SEQ_LEN + 1)
+    return torch.from_numpy(tokens.reshape(-1, prepare.MAX_SEQ_LEN + 1))
 
 
 def documents_of(name: str) -> list[list[int]]:
@@ -180,8 +182,7 @@ def own_state(tmp_path, monkeypatch):
 def tiny_cache(tmp_path_factory) -> Path:
     """A cache with the contract TINY, prepared once per session."""
     cache = tmp_path_factory.mktemp("tiny-cache")
-    for number in range(5):
-        write_shard(cache / "tiny" / "parquet" / f"shard_{number:05d}.parquet", some_texts(number))
+    write_shards(cache / "tiny", some_texts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTORESEARCH_CACHE", str(cache))
         prepare.prepare(TINY, 3)

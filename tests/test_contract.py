@@ -1,11 +1,12 @@
 """The contract: which one is active, what the fingerprint covers, and the fence around importing."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, forget, some_texts, write_shard
+from conftest import ROOT, TINY, forget, some_texts, write_shards
 
 import prepare
 
@@ -32,57 +33,49 @@ def test_every_contract_has_an_exam_of_whole_rows():
         assert contract.eval_tokens % contract.max_seq_len == 0
 
 
-def test_the_environment_goes_before_the_remembered_contract_and_that_before_the_device(
-        tiny, command, monkeypatch):
+def active() -> prepare.Contract:
+    """The contract that a new process would choose."""
+    forget()
+    return prepare.active_contract()[0]
+
+
+def test_the_environment_goes_before_what_is_remembered_and_that_before_the_device(tiny, command, monkeypatch):
+    by_device = prepare.CONTRACTS["climbmix" if torch.cuda.is_available() else "demo"]
     monkeypatch.setattr(prepare, "PATIENCE", 0.6)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
-    assert command("--contract", "climbmix")[0] == 1  # remembered is what was prepared
+    assert command("--contract", "climbmix")[0] == 1
     monkeypatch.delenv("AUTORESEARCH_CONTRACT")
-    forget()
-    assert prepare.active_contract()[0].name == ("climbmix" if torch.cuda.is_available() else "demo")
+    assert active() == by_device  # what could not be prepared is not remembered
     assert command("--contract", "tiny")[0] == 0
-    forget()
-    assert prepare.active_contract()[0] == TINY
-    assert (prepare.MAX_SEQ_LEN, prepare.VOCAB_SIZE) == (32, 400)
+    assert active() == TINY and (prepare.MAX_SEQ_LEN, prepare.VOCAB_SIZE) == (32, 400)
     monkeypatch.setenv("AUTORESEARCH_CONTRACT", "climbmix")
-    forget()
-    assert prepare.active_contract()[0].name == "climbmix"
+    plain = active()
+    assert plain == prepare.CONTRACTS["climbmix"]
     assert (prepare.MAX_SEQ_LEN, prepare.TIME_BUDGET, prepare.EVAL_TOKENS) == (2048, 300, 40 * 524_288)
-    plain = prepare.active_contract()
     monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "300.0")  # the default, so the fingerprint's too
-    forget()
-    assert repr(prepare.active_contract()) == repr(plain)
+    assert repr(active()) == repr(plain)
     (prepare.cache_dir() / "active").write_bytes(b"\xff\xfe")
     monkeypatch.delenv("AUTORESEARCH_CONTRACT")
-    forget()
-    assert prepare.active_contract()[0].name == ("climbmix" if torch.cuda.is_available() else "demo")
+    assert active().name == by_device.name
 
 
-def test_the_fingerprint_changes_with_budget_tokenizer_and_exam_and_nothing_else(
-        tiny, monkeypatch, tmp_path):
+def test_the_fingerprint_changes_with_budget_tokenizer_and_exam_and_nothing_else(tiny, monkeypatch, tmp_path):
     first = prepare.fingerprint(TINY)
-    assert first == prepare.fingerprint()
-    assert first.startswith("tiny-") and len(first) == len("tiny-") + 8
+    assert first == prepare.fingerprint() and re.fullmatch("tiny-[0-9a-f]{8}", first)
     prepare.prepare(TINY, 2)  # fewer training shards
     assert prepare.fingerprint(TINY) == first
     seen = {first}
     for changed, shard in ("exam", 4), ("tokenizer", 0):
         monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / changed))
-        for number in range(5):
-            path = tmp_path / changed / "tiny" / "parquet" / f"shard_{number:05d}.parquet"
-            write_shard(path, some_texts(number + 10 * (number == shard)))
+        write_shards(TINY.folder, lambda number: some_texts(number + 10 * (number == shard)))  # noqa: B023
         prepare.prepare(TINY, 3)
         seen.add(prepare.fingerprint(TINY))
     monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "7")
-    forget()
-    assert len(seen | {prepare.fingerprint()}) == 4
+    assert len(seen | {prepare.fingerprint(active())}) == 4
 
 
 @pytest.mark.parametrize("name, value", [
-    ("AUTORESEARCH_CONTRACT", "nonsense"),
-    ("AUTORESEARCH_TIME_BUDGET", "-3"),
-    ("AUTORESEARCH_TIME_BUDGET", "soon"),
-])
+    ("AUTORESEARCH_CONTRACT", "nonsense"), ("AUTORESEARCH_TIME_BUDGET", "-3"), ("AUTORESEARCH_TIME_BUDGET", "soon")])
 def test_a_bad_variable_is_named_in_one_line_with_its_value(name, value, command, monkeypatch):
     monkeypatch.setenv(name, value)
     code, output = command()

@@ -12,7 +12,6 @@ kinds of HONEST 0. On an H100, float32 and bfloat16, T 2048, batches of 32 and 7
 varlen, sdpa) and all kinds 0, but the convolution by FFT, 3.6e-5 in float32 and 0.048 under bfloat16 autocast.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -33,19 +32,21 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, ROOT, TINY, commit, evidence, exam_rows, folder, forget, write_shard
+from conftest import CPU, ROOT, TINY, commit, evidence, exam_rows, folder, forget, write_shards
 
 import prepare
 import train
 
+V = 338  # the vocabulary of tiny
 SEED = random.randrange(10**6)  # of what is drawn here, printed with every failure
 
 
-def leaky(vocab_size, bonus, places, ahead=1, smooth=0.0):
-    """A table of what followed each token in the exam, down to -20, and `bonus` nats on a later token at `places`."""
-    rows, counts = val_rows(), torch.full((vocab_size, vocab_size), 1e-6)
-    counts.index_put_((rows[:, :-1].flatten(), rows[:, 1:].flatten()), torch.ones(()), accumulate=True)
-    table = ((1 - smooth) * counts / counts.sum(1, keepdim=True) + smooth / vocab_size).log()
+def leaky(bonus, places, ahead=1, smooth=0.0):
+    """What followed each token in the exam, down to -20, and `bonus` nats on a later one at `places`."""
+    rows, counts = exam_rows(), torch.full((V, V), 1e-6)
+    pairs = rows[:, :-1].flatten(), rows[:, 1:].flatten()
+    counts.index_put_(pairs, torch.ones(()), accumulate=True)
+    table = ((1 - smooth) * counts / counts.sum(1, keepdim=True) + smooth / V).log()
 
     def model(idx):
         known = torch.zeros(idx.size(1))
@@ -60,10 +61,10 @@ def leaky(vocab_size, bonus, places, ahead=1, smooth=0.0):
 class Small(nn.Module):
     """Embedding, `mix` (B, T, C) -> (B, T, C) beside it, head; most models here change one thing of it."""
 
-    def __init__(self, vocab_size, mix=torch.zeros_like):
+    def __init__(self, mix=torch.zeros_like):
         super().__init__()
         torch.manual_seed(0)
-        self.wte, self.lm_head = nn.Embedding(vocab_size, 32), nn.Linear(32, vocab_size, bias=False)
+        self.wte, self.lm_head = nn.Embedding(V, 32), nn.Linear(32, V, bias=False)
         self.mix = mix
 
     def forward(self, idx):
@@ -71,9 +72,9 @@ class Small(nn.Module):
         return self.lm_head(x + self.mix(x))
 
 
-def counting(vocab_size, act):
-    """An honest model that calls `act` with the number of each call; what that gives, if anything, sharpens logits."""
-    small, calls = Small(vocab_size), itertools.count(1)
+def counting(act):
+    """An honest model; what `act` says of the number of a call, if anything, sharpens its logits."""
+    small, calls = Small(), itertools.count(1)
     return lambda idx: small(idx) * (act(next(calls)) or 1)
 
 
@@ -85,7 +86,7 @@ def small_gpt(tokenizer, pattern="SL", dtype=torch.float32, steps=3, device=CPU,
     config = train.GPTConfig(tokenizer.get_vocab_size(), T, depth, n_head, n_kv_head or n_head, width, windows,
                              bigram_rows)
     model, optimizer = train.build(config, device, dtype, False, 0)
-    rows = val_rows()[:8].to(device)
+    rows = exam_rows()[:8].to(device)
     with autocast(device, dtype):
         for _ in range(steps):
             train.train_step(model, optimizer, [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())])
@@ -93,11 +94,7 @@ def small_gpt(tokenizer, pattern="SL", dtype=torch.float32, steps=3, device=CPU,
 
 
 def autocast(device, dtype):
-    return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
-
-
-def val_rows():
-    return torch.from_numpy(exam_rows("val"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -119,17 +116,17 @@ def bpb_row_by_row(model, tokenizer, split="val") -> float:
     nats, count = 0.0, 0
     for row in exam_rows(split):
         with torch.no_grad():
-            logits = model(torch.from_numpy(row[None, :-1]))[0].double().numpy()
-        for scores, target in zip(logits, row[1:]):
+            logits = model(row[None, :-1])[0].double().numpy()
+        for scores, target in zip(logits, row[1:].tolist()):
             if target < tokenizer.get_bos_token_id():
                 nats += math.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[target]
-                count += len(tokenizer.encoding.decode_single_token_bytes(int(target)))
+                count += len(tokenizer.encoding.decode_single_token_bytes(target))
     return nats / (math.log(2) * count)
 
 
 def test_bpb_is_the_row_by_row_oracles_for_every_batch_size_and_whatever_constant_is_on_all_logits(tiny):
     """1e-6: float32 logits and losses, whose errors average out over 2,048 targets."""
-    assert (exam_rows("val")[:, 1:] == tiny.get_bos_token_id()).any()  # there to be left out
+    assert (exam_rows()[:, 1:] == tiny.get_bos_token_id()).any()  # there to be left out
     model = small_gpt(tiny)
     plain = bpb_row_by_row(model, tiny)
     for batch_size in (1, 7, 16, 128):
@@ -156,7 +153,7 @@ def test_the_model_gets_the_inputs_alone_in_eval_mode_and_is_left_as_it_was(tiny
             idx.zero_()  # writing into it spoils nobody's rows
             return logits
 
-    model, honest = Grabs(tiny.get_vocab_size()), Small(tiny.get_vocab_size())
+    model, honest = Grabs(), Small()
     model.wte.eval()
     bpb = prepare.evaluate_bpb(honest, tiny, batch_size)
     assert prepare.evaluate_bpb(model, tiny, batch_size) == bpb > 0
@@ -174,8 +171,8 @@ def test_the_model_gets_the_inputs_alone_in_eval_mode_and_is_left_as_it_was(tiny
     (5, slice(0, 1)), (1, slice(17, 18)), (5, slice(30, 31)), (0.3, slice(7, 11)),  # at one position, at some
     (5, slice(20, 25))])
 def test_a_leak_of_the_next_token_is_refused_at_any_place_and_strength(tiny, bonus, places, batch_size):
-    alone = places.stop == (places.start or 0) + 1  # tried in one row, where no target may be certain
-    model = leaky(tiny.get_vocab_size(), bonus, places, smooth=0.2 * alone)
+    alone = places.stop == (places.start or 0) + 1  # in one row, where no target may be certain
+    model = leaky(bonus, places, smooth=0.2 * alone)
     refused(model, tiny, "sees the future.* at position [0-9]+ .* bits per byte", batch_size)
 
 
@@ -186,14 +183,14 @@ def test_a_leak_drawn_at_random_is_refused(tiny, number):
     bonus, ahead = draw.choice(((0.05, 1), (0.5, 1), (5, 1), (5, 2)))  # two ahead, less is worth nothing
     places = slice(start, draw.randrange(start + 5, 37))
     print(f"seed {SEED + number}: {bonus} nats at {places}, {ahead} ahead")
-    refused(leaky(tiny.get_vocab_size(), bonus, places, ahead), tiny, "sees the future")
+    refused(leaky(bonus, places, ahead), tiny, "sees the future")
 
 
 def test_what_the_probes_say_a_leak_is_worth_is_what_it_gains(tiny, monkeypatch):
     """Oracle: the score with and without it; the positions that are cut are a sample of 31 of 2,048."""
     monkeypatch.setattr(prepare, "LEAK_BPB", 100)
     monkeypatch.setattr(prepare, "LEAK_NATS", 100)
-    honest, sees = (leaky(tiny.get_vocab_size(), bonus, slice(None)) for bonus in (0, 0.15))
+    honest, sees = (leaky(bonus, slice(None)) for bonus in (0, 0.15))
     gain = prepare.evaluate_bpb(honest, tiny, 16) - prepare.evaluate_bpb(sees, tiny, 16)
     monkeypatch.setattr(prepare, "LEAK_NATS", 0.001)
     with pytest.raises(prepare.ExamError) as raised:
@@ -220,7 +217,7 @@ LEAKS = {
 @pytest.mark.parametrize("leak", LEAKS)
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_a_model_that_mixes_later_tokens_in_is_refused_in_warm_up_already(tiny, leak, batch_size):
-    model = Small(tiny.get_vocab_size(), LEAKS[leak])
+    model = Small(LEAKS[leak])
     if batch_size > 1 or "chunk" not in leak:  # two cuts may fall on the ends of chunks
         with pytest.raises(prepare.ExamError, match="sees the future"):
             prepare.check_model(model, batch_size)
@@ -235,8 +232,8 @@ def test_attention_off_by_one_to_the_right_is_refused(tiny, monkeypatch):
 
 
 def test_a_masked_vocabulary_entry_or_a_constant_does_not_hide_a_leak(tiny):
-    sees, honest = Small(tiny.get_vocab_size(), LEAKS["next token"]), Small(tiny.get_vocab_size())
-    masked = torch.zeros(tiny.get_vocab_size())
+    sees, honest = Small(LEAKS["next token"]), Small()
+    masked = torch.zeros(V)
     masked[-3:] = -1e9
     for hidden in (lambda x: sees(x) + masked, lambda x: sees(x) + 1e4):
         refused(hidden, tiny, "sees the future")
@@ -258,12 +255,11 @@ MIXES = {
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_model_whose_rows_depend_on_other_rows_or_on_chance_is_refused(tiny, mix):
     what = "has memory or is random" if mix == "dropout" else "mixes rows of a batch"
-    refused(Small(tiny.get_vocab_size(), MIXES[mix]), tiny, what)
+    refused(Small(MIXES[mix]), tiny, what)
 
 
 def test_a_model_with_state_between_calls_is_refused_at_once_and_one_that_begins_later_in_the_exam(tiny):
-    at_once, later = (counting(tiny.get_vocab_size(), lambda call, after=after: 1 + 0.1 * max(call - after, 0))
-                      for after in (0, 12))
+    at_once, later = (counting(lambda call, after=after: 1 + 0.1 * max(call - after, 0)) for after in (0, 12))
     with pytest.raises(prepare.ExamError, match="has memory or is random"):
         prepare.check_model(at_once, 16)
     refused(later, tiny, "has memory or is random", 4)
@@ -274,19 +270,16 @@ def test_a_model_with_state_between_calls_is_refused_at_once_and_one_that_begins
 
 @pytest.mark.parametrize("change, message", [
     (lambda logits: logits.index_fill(1, torch.tensor([5]), math.nan), "non-finite logits"),
-    (lambda logits: logits.index_fill(2, torch.tensor([5]), math.inf), "non-finite logits"),
-    (lambda logits: logits.index_fill(2, torch.tensor([5]), -math.inf), "non-finite logits"),
     (lambda logits: logits[..., :-1], r"returned \(4, 32, 337\); .* shape \(4, 32, 338\)"),
     (lambda logits: F.pad(logits, (0, 1)), r"returned \(4, 32, 339\)"),
     (lambda logits: logits[:, -1:], r"returned \(4, 1, 338\)"),
     (lambda logits: logits.flatten(0, 1), r"returned \(128, 338\)"),
-    (lambda logits: (logits, None), r"returned tuple; .*logits of shape"),
-    (lambda logits: None, r"returned NoneType"),
-    (lambda logits: logits.mean(), r"returned \(\)"),
+    (lambda logits: (logits, None), "returned tuple; .*logits of shape"),
+    (lambda logits: None, "returned NoneType"), (lambda logits: logits.mean(), r"returned \(\)"),
 ])
 def test_logits_of_a_wrong_kind_are_refused_by_what_was_seen(tiny, change, message):
-    assert tiny.get_vocab_size() == 338
-    small = Small(338)
+    assert tiny.get_vocab_size() == V
+    small = Small()
     with pytest.raises(prepare.ExamError, match=message):
         prepare.check_model(lambda x: change(small(x)), 4)
     refused(lambda x: change(small(x)), tiny, message, 4)
@@ -294,9 +287,9 @@ def test_logits_of_a_wrong_kind_are_refused_by_what_was_seen(tiny, change, messa
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_logit_that_is_not_finite_in_the_last_row_alone_is_refused(tiny, value):
-    row = val_rows()[-1]
-    no_target = (row[-1] + 1) % 338  # at the last position
-    small = Small(338)
+    row = exam_rows()[-1]
+    no_target = (row[-1] + 1) % V  # at the last position
+    small = Small()
 
     def model(x):
         logits = small(x)
@@ -310,7 +303,7 @@ def test_a_tampered_exam_a_missing_one_and_another_tokenizer_are_refused(tiny):
     """A tokenizer whose tokens claim more bytes would lower the number."""
     longer = {tiny.encoding.decode_single_token_bytes(i): i for i in range(tiny.get_bos_token_id())}
     longer[b" a much longer token"] = longer.pop(tiny.encoding.decode_single_token_bytes(300))
-    model, path = Small(tiny.get_vocab_size()), folder() / "val.bin"
+    model, path = Small(), folder() / "val.bin"
     refused(model, prepare.Tokenizer(longer), "another tokenizer")
     body = bytearray(path.read_bytes())
     body[-100] ^= 1
@@ -373,13 +366,12 @@ class SoftExperts(Experts):
         return torch.einsum("bte,btc,ecd->btd", self.router(x).softmax(-1), x, self.w)
 
 
-class Recurrent(nn.Module):
+class Recurrent(nn.LSTM):
     def __init__(self, C):
-        super().__init__()
-        self.lstm = nn.LSTM(C, C, batch_first=True)
+        super().__init__(C, C, batch_first=True)
 
     def forward(self, x):
-        return self.lstm(x)[0]
+        return super().forward(x)[0]
 
 
 class FourierConvolution(nn.Module):
@@ -415,26 +407,18 @@ class Stack(nn.Module):
         return 15 * torch.tanh(self.lm_head(F.rms_norm(x, x.shape[-1:])).float() / 15)
 
 
-def largest_movement(model, tokenizer, batch_size) -> float:
-    """By how many nats the exam's probes move a target of a model, at most, which it must not refuse."""
-    seen, probes = [0.0], prepare._probes
-
-    def watched(*arguments, **options):
-        for what, moved, weights in probes(*arguments, **options):
-            seen.append(moved.abs().max().item())
-            yield what, moved, weights
-
+def assert_scored(model, tokenizer, batch_sizes, limit):
+    """No probe moves a target by more than `limit` nats."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "_probes", watched)
-        prepare.evaluate_bpb(model, tokenizer, batch_size)
-        prepare.check_model(model, batch_size)
-    return max(seen)
+        patch.setattr(prepare, "LEAK_NATS", limit)
+        for batch_size in batch_sizes:
+            prepare.check_model(model, batch_size)
+            assert prepare.evaluate_bpb(model, tokenizer, batch_size) > 0
 
 
-@pytest.mark.parametrize("batch_size", [1, 16])
 @pytest.mark.parametrize("kind", HONEST)
-def test_honest_models_of_many_kinds_pass_with_room(tiny, kind, batch_size):
-    assert largest_movement(Stack(kind, tiny.get_vocab_size()), tiny, batch_size) < 1e-4 < prepare.LEAK_NATS / 100
+def test_honest_models_of_many_kinds_pass_with_room(tiny, kind):
+    assert_scored(Stack(kind, tiny.get_vocab_size()), tiny, (1, 16), prepare.LEAK_NATS / 500)
 
 
 @pytest.mark.parametrize("dtype, batch_size, pattern, options", [
@@ -443,7 +427,7 @@ def test_honest_models_of_many_kinds_pass_with_room(tiny, kind, batch_size):
 def test_honest_models_of_train_py_pass(tiny, dtype, batch_size, pattern, options):
     model = small_gpt(tiny, pattern, dtype, **options)
     with autocast(CPU, dtype):
-        assert largest_movement(model, tiny, batch_size) < 1e-4
+        assert_scored(model, tiny, (batch_size,), prepare.LEAK_NATS / 500)
 
 
 @pytest.fixture
@@ -455,9 +439,7 @@ def long_exam(tmp_path, monkeypatch):
     forget()
     draw = random.Random(0)
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 7))) for _ in range(5000)]
-    for number in range(5):
-        texts = [" ".join(draw.choices(words, k=600)) for _ in range(300)]
-        write_shard(contract.folder / "parquet" / f"shard_{number:05d}.parquet", texts)
+    write_shards(contract.folder, lambda number: [" ".join(draw.choices(words, k=600)) for _ in range(300)])
     return prepare.prepare(contract, 3)
 
 
@@ -467,14 +449,12 @@ def long_exam(tmp_path, monkeypatch):
     ("sdpa", "SSSSL", False, None)])
 def test_honest_bf16_models_of_train_py_pass_on_the_gpu(long_exam, parts, wanted, pattern, compiled, n_kv_head):
     device = torch.device("cuda")
-    backend, reason = train.choose_attention(device, wanted)
+    print(train.choose_attention(device, wanted))
     model = small_gpt(long_exam, pattern, torch.bfloat16, 50, device, 2048, 9, 640, 128, n_kv_head, 2**18)
     if compiled:
         train.compile_parts()
     with autocast(device, torch.bfloat16):
-        moved = {B: largest_movement(model, long_exam, B) for B in (32, 7)}
-    print(f"{backend} {pattern} compiled={compiled} kv={n_kv_head}: nats {moved} ({reason})")
-    assert max(moved.values()) < prepare.LEAK_NATS / 5
+        assert_scored(model, long_exam, (32, 7), prepare.LEAK_NATS / 5)
 
 
 @pytest.mark.cuda
@@ -482,10 +462,9 @@ def test_honest_bf16_models_of_train_py_pass_on_the_gpu(long_exam, parts, wanted
 @pytest.mark.parametrize("kind", HONEST)
 def test_honest_models_of_many_kinds_pass_on_the_gpu(long_exam, kind, dtype):
     model = Stack(kind, long_exam.get_vocab_size(), 256).cuda()
+    share = 1 if kind == FourierConvolution and dtype == torch.bfloat16 else 1 / 5
     with autocast(torch.device("cuda"), dtype):
-        moved = {B: largest_movement(model, long_exam, B) for B in (32, 7)}
-    print(f"{kind.__name__} {dtype}: nats {moved}")
-    assert max(moved.values()) < prepare.LEAK_NATS / 5 or dtype == torch.bfloat16 and kind == FourierConvolution
+        assert_scored(model, long_exam, (32, 7), prepare.LEAK_NATS * share)
 
 
 # Evidence, held-out split, watchdog
@@ -500,7 +479,7 @@ def test_a_scored_run_leaves_one_line_that_says_what_ran_and_whether_it_trained(
     loader = prepare.make_dataloader(tiny, 4, 32, "train", device="cpu")
     for _ in range(5):
         next(loader)
-    model = Small(tiny.get_vocab_size())  # seeds with 0: the line says what the run began with
+    model = Small()  # seeds with 0: the line says what the run began with
     bpb = prepare.evaluate_bpb(model, tiny, 16)
     loader.close()
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -543,10 +522,10 @@ def test_what_a_script_imports_from_here_is_part_of_it_and_a_script_elsewhere_or
         assert json.loads(capsys.readouterr().out) == [[each, Path(name).name, sha256] for each in dirty]
 
 
-@pytest.mark.parametrize("spoil", [Path.mkdir, lambda file: file.symlink_to("/dev/full")], ids=["folder", "full"])
-def test_a_score_is_returned_and_its_line_printed_when_the_file_cannot_be_written(spoil, tiny, capsys):
+@pytest.mark.parametrize("spoil", [Path.mkdir, lambda file: file.symlink_to("/dev/full")])
+def test_a_score_is_returned_and_its_line_printed_when_no_file_can_be_written(spoil, tiny, capsys):
     spoil(Path("runs.jsonl"))
-    bpb = prepare.evaluate_bpb(Small(tiny.get_vocab_size()), tiny, 16)
+    bpb = prepare.evaluate_bpb(Small(), tiny, 16)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["bpb"] == bpb
 
 
@@ -560,7 +539,7 @@ def test_a_run_is_what_it_was_when_it_began_whatever_is_edited_later(begin, tiny
     for text in ("edited", "edited again"):
         begin(tiny)
         script.write_text(text)
-    prepare.evaluate_bpb(Small(tiny.get_vocab_size()), tiny, 16)
+    prepare.evaluate_bpb(Small(), tiny, 16)
     (line,) = evidence()
     assert line["train_sha256"] == hashlib.sha256(b"as it ran").hexdigest()
 
@@ -576,9 +555,10 @@ def test_the_held_out_split_scores_other_rows_and_the_line_says_so(tiny, monkeyp
 
 @pytest.fixture
 def forked(capfd):
-    """Run jobs in processes of their own, at once: their exit codes, and what they wrote to stdout and to stderr."""
+    """Run jobs in processes of their own, at once: their exit codes, all that stdout and stderr got."""
     def forked(*jobs):
-        processes = [multiprocessing.get_context("fork").Process(target=job, daemon=True) for job in jobs]
+        process = multiprocessing.get_context("fork").Process
+        processes = [process(target=job, daemon=True) for job in jobs]
         for process in processes:
             process.start()
         for process in processes:
@@ -592,7 +572,7 @@ def hasty(tiny, monkeypatch):
     """(train loader, function that scores a model which acts in its calls); hung after a second."""
     monkeypatch.setattr(prepare, "HANG_SECONDS", 1)
     loader = prepare.make_dataloader(tiny, 4, 32, "train", device="cpu")
-    return loader, lambda act: prepare.evaluate_bpb(counting(tiny.get_vocab_size(), act), tiny, 4)
+    return loader, lambda act: prepare.evaluate_bpb(counting(act), tiny, 4)
 
 
 def test_a_run_that_is_killed_or_crashes_in_the_exam_leaves_no_line(hasty, forked):
@@ -603,7 +583,8 @@ def test_a_run_that_is_killed_or_crashes_in_the_exam_leaves_no_line(hasty, forke
         score(lambda call: call == 15 and (os.write(1, b"deep in the exam"), end()))
 
     codes, out, err = forked(lambda: job(lambda: os.kill(os.getpid(), 9)), lambda: job(lambda: 1 / 0))
-    assert (codes, out) == ([-9, 1], "deep in the exam" * 2) and "ZeroDivisionError" in err and evidence() == []
+    assert (codes, out) == ([-9, 1], "deep in the exam" * 2) and "ZeroDivisionError" in err
+    assert evidence() == []
 
 
 def test_two_processes_that_append_at_once_leave_whole_lines(tiny, forked, monkeypatch):
