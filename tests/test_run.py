@@ -1,6 +1,7 @@
 """The run: warm-up, clock, memory, seeds, the log, the summary, and how each failure ends."""
 
 import copy
+import functools
 import gc
 import hashlib
 import io
@@ -48,13 +49,8 @@ def small(tiny, monkeypatch):
     prepare._RUN.alive = None  # else the watchdog of a run that failed here would end all the tests
 
 
-@pytest.fixture
-def steps(small, monkeypatch):
-    """The real steps of a run, [(loss, shapes of its batches)]; each takes a quarter of a second."""
-    return watch_steps(monkeypatch, small)
-
-
 def watch_steps(monkeypatch, clock, seconds=0.25, before=None):
+    """The real steps of the run to come, [(loss, shapes of its batches)], each of so many seconds."""
     seen, real, calls = [], train.train_step, iter(range(-train.WARMUP_STEPS, 10**9))
 
     def step(model, optimizer, batches):
@@ -68,6 +64,11 @@ def watch_steps(monkeypatch, clock, seconds=0.25, before=None):
 
     monkeypatch.setattr(train, "train_step", step)
     return seen
+
+
+@pytest.fixture
+def steps(small, monkeypatch):
+    return watch_steps(monkeypatch, small)
 
 
 def summary_of(output):
@@ -121,7 +122,9 @@ def test_the_test_split_prints_no_val_bpb_and_no_mfu_of_an_unknown_device(name, 
     assert ("mfu: n/a" not in output) == ("mfu_percent:      n/a" not in output) == known
 
 
-def test_warm_up_leaves_no_trace_not_even_in_buffers_gains_and_lists_of_ones_own(small, monkeypatch):
+@pytest.mark.parametrize("compile", [lambda model: model, functools.partial(torch.compile, backend="eager")],
+                         ids=["as it is", "compiled whole"])
+def test_warm_up_leaves_no_trace_not_even_in_buffers_gains_and_lists_of_ones_own(compile, small, monkeypatch):
     """Oracle: model, optimizer and loader made afresh from the same seed; all is equal bit for bit."""
     class Own(train.GPT):
         def __init__(self, config):
@@ -135,51 +138,38 @@ def test_warm_up_leaves_no_trace_not_even_in_buffers_gains_and_lists_of_ones_own
             self.plain[0] += 1
             return super().forward(idx, targets) * self.h[0].gain.mean()
 
-    seen = {"calls": 0}
+    def whole(*arguments):
+        model, optimizer = build(*arguments)
+        return compile(model), optimizer
+
+    def groups_of(optimizer):
+        return [{**group, "params": 0} for group in optimizer.param_groups]
 
     def look(model, optimizer, batches):
-        seen["calls"] += 1
-        if seen["calls"] == train.WARMUP_STEPS + 1:
-            seen.update(random=torch.get_rng_state(), weights=copy.deepcopy(model.state_dict()), model=model,
-                        plain=list(model.plain),
-                        batches=batches, state=dict(optimizer.state), collects=gc.isenabled(),
-                        groups=[dict(g) for g in optimizer.param_groups],
-                        gradients=[p.grad for p in model.parameters() if p.grad is not None])
+        assert all(p.grad is None for p in model.parameters())
+        seen.append((copy.deepcopy(model), groups_of(optimizer), dict(optimizer.state), torch.get_rng_state(),
+                     gc.isenabled(), batches))
 
+    seen, build = [], train.build
+    monkeypatch.setattr(train, "build", whole)
     monkeypatch.setattr(train, "GPT", Own)
     watch_steps(monkeypatch, small, before=look)
     train.main()
-    trained = seen["model"]
-    model, optimizer = train.build(trained.config, CPU, torch.float32, False, 42)
-    fresh = model.state_dict()
-    assert torch.equal(seen["random"], torch.get_rng_state())
-    assert fresh.keys() == seen["weights"].keys() and fresh["calls"].tolist() == [1.5, 1.5] and seen["plain"] == [1.5]
-    assert all(torch.equal(fresh[name], seen["weights"][name]) for name in fresh)
-    assert not torch.equal(trained.h[0].gain, model.h[0].gain)  # it learns, too
-    assert not seen["state"] and not seen["gradients"] and not seen["collects"]  # a collection would stop a step
+    began, groups, state, random, collects, batches = seen[train.WARMUP_STEPS]
+    model, optimizer = train.build(began.config, CPU, torch.float32, False, 42)
+    assert torch.equal(random, torch.get_rng_state()) and not state
+    assert not collects  # a collection would stop a step
+    fresh, weights = model.state_dict(), began.state_dict()
+    assert fresh.keys() == weights.keys() and all(torch.equal(fresh[name], weights[name]) for name in fresh)
+    assert began.plain == [1.5] and began.calls.tolist() == [1.5, 1.5]
+    assert not torch.equal(seen[-1][0].h[0].gain, model.h[0].gain)  # it learns, too
     train.set_schedules(optimizer, 0, 0.0)
-    for ours, theirs in zip(optimizer.param_groups, seen["groups"], strict=True):
-        assert {**ours, "params": 0} == {**theirs, "params": 0}
+    assert groups == groups_of(optimizer)
     loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 8, 32, "train", device=CPU)
-    for x, y, epoch in seen["batches"]:
+    for x, y, epoch in batches:
         first = next(loader)
         assert torch.equal(x, first[0]) and torch.equal(y, first[1]) and epoch == first[2]
     loader.close()
-
-
-def test_a_model_that_is_compiled_whole_where_it_is_built_begins_afresh_too(small, monkeypatch):
-    build, clean, seen = train.build, [], []
-
-    def compiled(*arguments):
-        model, optimizer = build(*arguments)
-        clean.append(copy.deepcopy(model.state_dict()))
-        return torch.compile(model, backend="eager"), optimizer
-
-    monkeypatch.setattr(train, "build", compiled)
-    steps = watch_steps(monkeypatch, small, before=lambda model, *rest: seen.append(copy.deepcopy(model.state_dict())))
-    train.main()
-    begin = seen[train.WARMUP_STEPS]
-    assert len(steps) == 4 and all(torch.equal(begin[f"_orig_mod.{name}"], p) for name, p in clean[0].items())
 
 
 def test_accumulated_batches_step_as_one_batch_of_all_their_rows(small):
@@ -212,29 +202,20 @@ def test_a_loss_is_read_at_once_on_a_cpu_and_one_step_late_on_a_gpu(device, lag,
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-def out_of_memory_above(rows, batches_at_once=1):
-    def refuse(model, optimizer, batches):
-        x, y, *_ = batches[0]
-        if len(x) > rows and len(batches) >= batches_at_once:
-            model(x, y).backward()  # it got so far
-            raise OUT_OF_MEMORY
-
-    return refuse
-
-
 @pytest.mark.parametrize("where", ["a batch", "a second batch", "the exam"])
 def test_a_batch_that_does_not_fit_is_halved_and_the_losses_are_those_of_half(where, small, monkeypatch, capsys):
-    forward = train.GPT.forward
+    real = train.GPT.forward
 
-    def refuse(model, idx, targets=None):
-        if targets is None and len(idx) > 4:
+    def forward(model, idx, targets=None):
+        trains, second = targets is not None, model.wte.weight.grad is not None
+        refuses = {"a batch": trains, "a second batch": trains and second, "the exam": not trains}
+        if len(idx) > 4 and refuses[where]:
             raise OUT_OF_MEMORY
-        return forward(model, idx, targets)
+        return real(model, idx, targets)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.GPT, "forward", refuse if where == "the exam" else forward)
-        before = {"a batch": out_of_memory_above(4), "a second batch": out_of_memory_above(4, 2)}
-        halved = watch_steps(patch, small, before=before.get(where))
+        patch.setattr(train.GPT, "forward", forward)
+        halved = watch_steps(patch, small)
         train.main()
     assert re.findall("out of memory: .*", output := capsys.readouterr().out) == [
         "out of memory: now DEVICE_BATCH_SIZE is 4, with 4 batches per step"], output
@@ -249,9 +230,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_losses_are_those_of_half(wh
 @pytest.mark.parametrize("rows, words", [(0, "out of memory"), (15, "mat1 and mat2 shapes")])
 def test_one_row_that_does_not_fit_and_any_other_error_end_the_run(rows, words, small, monkeypatch, capsys):
     """On the way to one row an odd batch shrinks to what divides the tokens per step."""
-    def refuse(*arguments):
-        out_of_memory_above(rows)(*arguments)
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    def refuse(model, optimizer, batches):
+        other = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        raise OUT_OF_MEMORY if len(batches[0][0]) > rows else other
 
     monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 15)
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 15 * 32)
@@ -287,37 +268,30 @@ def test_a_diverged_run_ends_at_once_with_the_loss_and_the_step(loss, shown, ste
     assert len(steps) == 3 and (tmp_path / "runs.jsonl").read_text() == ""
 
 
-@pytest.mark.parametrize("knob, value, words", [
-    ("DEPTH", 0, ("DEPTH is 0", "at least 1")),
-    ("DEPTH", {"cpu": 2.5}, ("DEPTH is 2.5", "a whole number")),
-    ("HEAD_DIM", 63, ("HEAD_DIM is 63", "a multiple of 4")),
-    ("HEADS_PER_KV_HEAD", 3, ("HEADS_PER_KV_HEAD is 3", "a divisor of the 2 heads")),
-    ("BIGRAM_ROWS", -1, ("BIGRAM_ROWS is -1", "at least 0")),
-    ("SHORT_WINDOW", -1, ("SHORT_WINDOW is -1", "at least 0")),
-    ("SOFTCAP", None, ("SOFTCAP is None", "at most 79")),
-    ("SHIFTED_CHANNELS", 33, ("SHIFTED_CHANNELS is 33", "at most the width, 32")),
-    ("SOFTCAP", 100, ("SOFTCAP is 100", "at most 79")),
-    ("EMBEDDING_LR", {"cuda": 0.9}, ("EMBEDDING_LR is {'cuda': 0.9}", "a value for 'cpu' too")),
-    ("ADAM_BETAS", 0.9, ("ADAM_BETAS is 0.9", "a pair")),
-    ("MUON_MOMENTUM", (0.9,), ("MUON_MOMENTUM is (0.9,)", "a pair")),
-    ("DEVICE_BATCH_SIZE", 0, ("DEVICE_BATCH_SIZE is 0", "at least 1")),
-    ("TOTAL_BATCH_SIZE", 0, ("TOTAL_BATCH_SIZE is 0", "at least 1")),
-    ("TOTAL_BATCH_SIZE", 1000, ("TOTAL_BATCH_SIZE is 1000", "a multiple of MAX_SEQ_LEN (32)")),
-    ("TOTAL_BATCH_SIZE", 288, ("TOTAL_BATCH_SIZE is 288", "DEVICE_BATCH_SIZE (8)", "(32) = 256")),
-    ("WINDOW_PATTERN", "SXL", ("WINDOW_PATTERN", "'SXL'", "S and L only")),
-    ("ATTENTION", "flash", ("ATTENTION", "'flash'", "use auto or sdpa")),
-    ("SEED", "-1", ("SEED", "'-1'", "whole number", "unset")),
-    ("SEED", str(2**64), ("SEED", str(2**64), "whole number")),
-    ("AUTORESEARCH_SPLIT", "train", ("AUTORESEARCH_SPLIT", "'train'", "val or test")),
+@pytest.mark.parametrize("knob, value, remedy", [
+    ("DEPTH", 0, "at least 1"), ("DEPTH", {"cpu": 2.5}, "a whole number"),
+    ("HEAD_DIM", 63, "a multiple of 4"), ("HEADS_PER_KV_HEAD", 3, "a divisor of the 2 heads"),
+    ("BIGRAM_ROWS", -1, "at least 0"), ("SHORT_WINDOW", -1, "at least 0"),
+    ("SHIFTED_CHANNELS", 33, "at most the width, 32"),
+    ("SOFTCAP", None, "at most 79"), ("SOFTCAP", 100, "at most 79"),
+    ("EMBEDDING_LR", {"cuda": 0.9}, "a value for 'cpu' too"),
+    ("ADAM_BETAS", 0.9, "a pair"), ("MUON_MOMENTUM", (0.9,), "a pair"),
+    ("DEVICE_BATCH_SIZE", 0, "at least 1"), ("TOTAL_BATCH_SIZE", 0, "at least 1"),
+    ("TOTAL_BATCH_SIZE", 1000, "a multiple of MAX_SEQ_LEN (32)"),
+    ("TOTAL_BATCH_SIZE", 288, "DEVICE_BATCH_SIZE (8) x MAX_SEQ_LEN (32) = 256"),
+    ("WINDOW_PATTERN", "SXL", "S and L only"), ("ATTENTION", "flash", "use auto or sdpa"),
+    ("SEED", "-1", "whole number below 2**63, or unset"), ("SEED", str(2**64), "whole number"),
+    ("AUTORESEARCH_SPLIT", "train", "val or test"),
 ])
-def test_a_bad_knob_ends_in_one_line_with_the_remedy_before_data_is_touched(knob, value, words, small, monkeypatch):
+def test_a_bad_knob_ends_in_one_line_with_the_remedy_before_data_is_touched(knob, value, remedy, small, monkeypatch):
     monkeypatch.setattr(prepare, "prepare", None)
     if hasattr(train, knob):
         monkeypatch.setattr(train, knob, value)
     else:
         monkeypatch.setenv(knob, value)
+    seen = value.get("cpu", value) if isinstance(value, dict) else value
     message = failure()
-    assert all(word in message for word in words), message
+    assert message.startswith(f"FAIL: {knob} is {seen!r}") and remedy in message, message
 
 
 def test_a_knob_may_be_one_value_for_all_devices_or_one_for_each(steps, monkeypatch, capsys):
