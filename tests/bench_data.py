@@ -27,9 +27,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from test_loader import naive_rows  # noqa: E402
+
 import prepare  # noqa: E402
 
-DOCUMENTS, LENGTH, BUFFER, REFILL, REPEATS = 20_000, 2049, 1000, 128, 3  # about 100 MB of text
+DOCUMENTS, LENGTH, BUFFER, REPEATS = 20_000, 2049, 1000, 3  # about 100 MB of text
 ALL = ("shard_00000.parquet", 0, None)
 CONTRACT = dataclasses.replace(prepare.CONTRACTS["climbmix"], train_files=1, val=ALL, test=ALL,
                                tokenizer_chars=2 * 10**7, eval_tokens=8 * 2**19)
@@ -44,26 +46,6 @@ def some_texts() -> list[str]:
         words = ["".join(draw.choices("etaoinshrdluc", k=draw.randint(2, 9))) for _ in range(30_000)]
         texts = (" ".join(draw.choices(words, k=draw.randint(50, 1500))) for _ in itertools.count())
     return list(itertools.islice(texts, DOCUMENTS))
-
-
-def scanned_rows(documents):
-    """Best-fit packing as one would write it first: read all that wait for each placement."""
-    buffer = []
-    while True:
-        row, filled = np.empty(LENGTH, dtype=np.uint16), 0
-        while filled < LENGTH:
-            while len(buffer) < BUFFER:
-                buffer.extend(itertools.islice(documents, REFILL))
-            best, size = -1, 0
-            for i, document in enumerate(buffer):
-                if size < len(document) <= LENGTH - filled:
-                    best, size = i, len(document)
-            if best < 0:
-                best = min(range(len(buffer)), key=lambda i: len(buffer[i]))
-            document = buffer.pop(best)[: LENGTH - filled]
-            row[filled : filled + len(document)] = document
-            filled += len(document)
-        yield row
 
 
 def seconds(job, *arguments) -> float:
@@ -107,8 +89,9 @@ def main() -> None:
     on_the_fly = (tokenizer.encode(text, prepend=bos) for text in itertools.cycle(texts))
     documents = [np.array(next(on_the_fly), dtype=np.uint16) for _ in texts]
     packed = prepare.pack_rows(itertools.cycle(documents), LENGTH, BUFFER)
-    scanned, flying = scanned_rows(itertools.cycle(documents)), scanned_rows(on_the_fly)
-    assert all(np.array_equal(next(packed), next(scanned)) for _ in range(1000))
+    lists = map(np.ndarray.tolist, itertools.cycle(documents))
+    scanned, flying = (naive_rows(some, LENGTH, BUFFER) for some in (lists, on_the_fly))
+    assert all(np.array_equal(next(packed), next(scanned)[0]) for _ in range(1000))
     pack, scan, fly = zip(*((rate(packed, 5000), rate(scanned, 300), rate(flying, 300))
                             for _ in range(REPEATS)))
     show("pack_rows, rows/s", pack)

@@ -53,8 +53,7 @@ def stepper(train, device: torch.device, contract: prepare.Contract):
         began = time.perf_counter()
         with autocast:
             train.train_step(model, optimizer, batches)
-        if kind != "cpu":
-            getattr(torch, kind).synchronize()
+        getattr(torch, kind).synchronize()
         return time.perf_counter() - began
 
     for _ in range(WARM):
