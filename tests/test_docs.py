@@ -51,24 +51,25 @@ def blocks(text: str) -> list[str]:
     return re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
+COMMANDS = "".join(blocks(README)).splitlines()
+
+
 def readme_command(beginning: str) -> str:
     """The one command of the README that begins so."""
-    (command,) = {line for block in blocks(README) for line in block.splitlines() if line.startswith(beginning)}
+    (command,) = {line for line in COMMANDS if line.startswith(beginning)}
     return command
 
 
 def block(part: str) -> str:
     """The one block of program.md that holds `part`."""
-    found = [block for block in blocks(PROGRAM) if part in block]
-    assert len(found) == 1, part
-    return found[0]
+    (found,) = (block for block in blocks(PROGRAM) if part in block)
+    return found
 
 
 def inline(beginning: str) -> str:
     """The one `command` in the running text of program.md that begins so."""
-    found = set(re.findall(rf"`({re.escape(beginning)}[^`]*)`", PROGRAM))
-    assert len(found) == 1, beginning
-    return found.pop()
+    (found,) = set(re.findall(rf"`({re.escape(beginning)}[^`]*)`", PROGRAM))
+    return found
 
 
 def environment(cache: Path, **more: str) -> dict[str, str]:
@@ -119,9 +120,6 @@ def table(text: str, first_cell: str) -> dict[str, list[str]]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # README
-
-
-COMMANDS = [line for block in blocks(README) for line in block.splitlines()]
 
 
 @pytest.mark.parametrize("command", NETWORK)
@@ -214,7 +212,7 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
         return shell("git rev-parse --short=7 HEAD", folder, env).strip()
 
     def attempt(code: str) -> str:
-        train_py.write_text(train_py.read_text() + code)
+        train_py.write_text(code)
         do("git commit -q -m \"what")
         return head()
 
@@ -266,7 +264,7 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
 
     # Worse: discarded, its code stays readable, other people's edits stay where they are
     (folder / "README.md").write_text("an edit of a human")
-    worse = attempt("# worse\n")
+    worse = attempt(original + "# worse\n")
     pretend("8.000000")
     do("printf '%s\\t")
     assert results.read_text().splitlines()[-1] == f"{worse}\t8.000000\t2.0\tdiscard\twhat was tried"
@@ -284,8 +282,7 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
     assert shell(f"git show tried/{worse}:train.py", folder, env) == original + "# worse\n"
 
     # A crash: fixed once with --amend, still broken, a row with empty cells
-    train_py.write_text("raise RuntimeError('too wide')\n")
-    before = attempt("")
+    before = attempt("raise RuntimeError('too wide')\n")
     train_py.write_text("raise RuntimeError('still too wide')\n")
     shell(inline("git commit -q --amend"), folder, env)
     crashed = head()
@@ -300,8 +297,7 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
     assert head() == baseline and train_py.read_text() == original
 
     # A run that hangs is ended, with all its children
-    train_py.write_text("import time\ntime.sleep(300)\n")
-    attempt("")
+    attempt("import time\ntime.sleep(300)\n")
     do("nohup")
     shell(inline("kill -0"), folder, env)
     shell(inline("kill -- -"), folder, env)
@@ -313,12 +309,12 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
     train_py.write_text("half an ed")
     shell(inline("git checkout HEAD"), folder, env)
     assert train_py.read_text() == original
-    better = attempt("# better\n")
+    better = attempt(original + "# better\n")
     pretend("0.500000")
     do("printf '%s\\t", "status=keep text=better")
 
     # A small gain over it: the best commit's second seed, then this one's
-    smaller = attempt("# smaller\n")
+    smaller = attempt(original + "# better\n# smaller\n")
     pretend("0.400000")
     assert verdict().startswith(f"run BEST under SEED=43 ({better}")
     do("printf '%s\\t", "status=discard text='smaller, to confirm'")
@@ -334,7 +330,7 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
     assert results.read_text().endswith(f"{smaller}\t0.500000\t2.0\tkeep\tsmaller, SEED=43\n")
 
     # The machine had been slower: an amended attempt begins without scores, a new baseline is a commit of its own
-    slow = attempt("# slow\n")
+    slow = attempt(train_py.read_text() + "# slow\n")
     pretend("0.900000")
     time.sleep(1)  # a hash holds the second
     shell(inline("git commit -q --amend"), folder, env)

@@ -291,23 +291,19 @@ def test_init_weights_draws_each_kind_from_its_own_distribution():
     config = dataclasses.replace(CONFIG, bigram_rows=1000)
     model, _ = train.build(config, CPU, torch.float32, False, 0)
     bound = train.INIT_SCALE * (3 / CONFIG.n_embd) ** 0.5
-    uniform, seen = bound / 3**0.5, {}
-    for name, parameter in model.named_parameters():
-        kind = [part for part in name.split(".") if part != "weight" and not part.isdigit()][-1]
-        seen.setdefault(kind, []).append(parameter.detach())
     uniforms = ("c_q", "c_k", "c_v", "c_fc", "value_embeds")
     expected = {  # mean, standard deviation
-        "wte": (0, 1), "lm_head": (0, 0.001), "resid_lambdas": (1, 0),
-        "x0_lambdas": (train.X0_INIT, 0), **dict.fromkeys(uniforms, (0, uniform)),
+        "wte": (0, 1), "lm_head": (0, 0.001), "resid_lambdas": (1, 0), "x0_lambdas": (train.X0_INIT, 0),
+        **dict.fromkeys(uniforms, (0, bound / 3**0.5)),
         **dict.fromkeys(("c_proj", "ve_gate", "attn_gate", "bigram", "bigram_value_embeds"), (0, 0)),
     }
-    assert seen.keys() == expected.keys()
-    for kind, (mean, deviation) in expected.items():
-        for values in seen[kind]:  # within five standard errors
-            error = 5 / values.numel() ** 0.5
-            assert values.mean().item() == pytest.approx(mean, abs=error * deviation + 1e-7), kind
-            assert values.std().item() == pytest.approx(deviation, rel=error), kind
-            assert kind not in uniforms or values.abs().max() <= bound, kind
+    for name, p in model.named_parameters():  # within five standard errors
+        *_, kind = (part for part in name.split(".") if part != "weight" and not part.isdigit())
+        mean, deviation = expected[kind]
+        error = 5 / p.numel() ** 0.5
+        assert p.mean().item() == pytest.approx(mean, abs=error * deviation + 1e-7), name
+        assert p.std().item() == pytest.approx(deviation, rel=error), name
+        assert kind not in uniforms or p.abs().max() <= bound, name
     train.choose_attention(CPU)
     loss = model(some_tokens(), some_tokens(seed=1))
     assert abs(loss.item() - math.log(50)) < 0.02  # it begins by knowing nothing

@@ -41,18 +41,16 @@ train_loader = make_dataloader(tokenizer, DEVICE_BATCH_SIZE, MAX_SEQ_LEN, "train
 x, y, epoch = next(train_loader)  # the first batch is drawn ahead
 model = Model(vocab_size)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-step, start = 0, time.time()
+start = time.time()
 while time.time() - start < TIME_BUDGET:
     loss = model(x, y)
     x, y, epoch = next(train_loader)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    step += 1
 val_loader = make_dataloader(tokenizer, DEVICE_BATCH_SIZE, MAX_SEQ_LEN, "val")
-passes = 0
-while passes < 2:  # it does not end
-    passes = next(val_loader)[2]
+while next(val_loader)[2] < 2:  # it does not end
+    pass
 model.eval()
 print(f"val_bpb:          {evaluate_bpb(model, tokenizer, DEVICE_BATCH_SIZE):.6f}")
 """
@@ -64,6 +62,6 @@ def test_a_train_py_of_the_published_design_runs_and_is_scored(demo, tmp_path):
     assert done.returncode == 0, done.stderr
     bpb = float(done.stdout.split("val_bpb:")[1])
     (line,) = evidence()
-    assert abs(line["bpb"] - bpb) < 1e-6 and 1 < bpb < 5 and line["split"] == "val"
-    assert line["script"] == "train.py"
+    assert abs(line["bpb"] - bpb) < 1e-6 and 1 < bpb < 5
+    assert (line["split"], line["script"]) == ("val", "train.py")
     assert line["train_sha256"] == hashlib.sha256(SCRIPT.encode()).hexdigest()
