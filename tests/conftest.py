@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import faulthandler
 import hashlib
 import inspect
 import json
@@ -144,38 +143,41 @@ forget = prepare.active_contract.cache_clear  # the contract is chosen anew, as 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """`prepare.py ARGUMENTS` in this process: returns its exit code and all it said.
+    """`prepare.py ARGUMENTS` in this process, which has to end with this exit code; returns all it said.
 
     Another exception than SystemExit is what a user sees as a traceback, and fails the test.
     """
-    def command(*arguments: str) -> tuple[int, str]:
+    def command(*arguments: str, code: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
         forget()
         capsys.readouterr()
-        code = 0
+        seen, message = 0, ""
         try:
             prepare.run_main(prepare.main)
-        except SystemExit as exit:
-            code = exit.code or 0
-        said = "".join(capsys.readouterr())
-        return (1, f"{said}{code}\n") if isinstance(code, str) else (code, said)
+        except SystemExit as exit:  # a text is printed, and the code is 1
+            seen, message = (1, f"{exit.code}\n") if isinstance(exit.code, str) else (exit.code, "")
+        said = "".join(capsys.readouterr()) + message
+        assert seen == code, said
+        return said
     return command
 
 
 @pytest.fixture(autouse=True)
 def own_state(tmp_path, monkeypatch):
-    """No test sees the user's cache, environment or folder, nor modules or random state of another test."""
+    """No test sees the user's cache, environment or folder, a network, or what another test left."""
     torch.manual_seed(0)
     for name in list(os.environ):
         if name.startswith(("AUTORESEARCH_", "HF_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.setattr(prepare, "PATIENCE", 0.6)
     monkeypatch.setattr(prepare, "_RUN", copy.deepcopy(prepare._RUN))
+    monkeypatch.setattr(train, "attention_backend", train.attention_sdpa)
     forget()
     yield
     forget()
-    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")

@@ -72,9 +72,7 @@ def cache(monkeypatch, tmp_path) -> Path:
     """Folder of SMALL, the active contract; without the fixture `hub` there is no network."""
     monkeypatch.setitem(prepare.CONTRACTS, "climbmix", SMALL)
     monkeypatch.setenv("AUTORESEARCH_CONTRACT", "climbmix")
-    monkeypatch.setattr(prepare, "PATIENCE", 0.6)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # of files that were read before
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     return tmp_path / "cache" / "climbmix"
 
 
@@ -89,8 +87,8 @@ def hub(shards, cache, monkeypatch):
 def ends_well(command, cache, good):
     """`prepare.py` leaves the cache of an undisturbed run; returns what it says."""
     def ends_well() -> str:
-        code, output = command()
-        assert code == 0 and state_of(cache) == good, output
+        output = command()
+        assert state_of(cache) == good, output
         return output
     return ends_well
 
@@ -146,8 +144,8 @@ def test_a_passing_fault_is_survived_within_one_run(fault, server, hub, ends_wel
 def test_a_lasting_fault_names_every_file_and_why_and_the_next_run_gets_only_what_is_missing(
         faults, hub, command, cache, ends_well):
     hub.always |= {SHARDS[number]: act for number, (act, _) in faults.items()}
-    code, output = command()
-    assert code == 1 and "FAIL: " in output and "ready" not in output
+    output = command(code=1)
+    assert "FAIL: " in output and "ready" not in output
     for number, (_, said) in faults.items():
         assert re.search(rf"{SHARDS[number]}: .*({said})", output), output
     complete = [path.name for path in (cache / "parquet").glob("*.parquet")]
@@ -178,8 +176,8 @@ def test_an_address_that_leads_nowhere_ends_in_words_without_its_secret(
     else:
         monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
         monkeypatch.setenv(where, address)
-    code, output = command()
-    assert code == 1 and re.search(words, output) and not re.search("hush|me:", output), output
+    output = command(code=1)
+    assert re.search(words, output) and not re.search("hush|me:", output), output
 
 
 @pytest.mark.parametrize("after", [
@@ -187,7 +185,7 @@ def test_an_address_that_leads_nowhere_ends_in_words_without_its_secret(
 ], ids=["half", "junk", "too much"])
 def test_what_a_run_left_half_done_is_gone_on_with_or_thrown_away(after, hub, command, cache, ends_well, shards):
     hub.always[SHARDS[0]] = acts.cut
-    assert command()[0] == 1
+    command(code=1)
     left, = (cache / "parquet").glob(f"{SHARDS[0]}*")
     left.write_bytes(after(left.read_bytes(), shards[SHARDS[0]]))
     hub.always.clear()
@@ -224,7 +222,8 @@ def test_a_complete_cache_is_left_alone_and_what_is_gone_or_spoilt_is_made_again
     (cache / "shards").write_text("no number")  # the default, here all that exist
     with open(cache / "SHA256SUMS", "a") as sums:
         sums.write(f"{'0' * 64}  parquet/{SHARDS[0]}\n")
-    assert command()[0] == 0 and (cache / "parquet" / SHARDS[0]).exists()
+    command()
+    assert (cache / "parquet" / SHARDS[0]).exists()
     (cache / "token_ids" / f"{SHARDS[0]}.bin").write_bytes(b"odd")
     with pytest.raises(prepare.Failure, match=f"cannot read .*{SHARDS[0]}.bin .*delete it"):
         next(prepare.make_dataloader(prepare.Tokenizer.from_directory(), 1, 32, "train"))
@@ -251,12 +250,13 @@ def test_an_exam_that_lost_text_in_an_older_commit_is_packed_anew_though_sum_and
 
 def test_text_in_the_place_of_other_text_is_packed_anew_however_old_its_file_is(command, cache, shards, good):
     put(cache, shards)
-    assert command()[0] == 0
+    command()
     before = exam_rows("val").tolist()
     for body, same in ((shards[SHARDS[0]], False), (shards[SHARDS[4]], True)):
         put(cache, {SHARDS[4]: body})
         os.utime(cache / "parquet" / SHARDS[4], (same, same))  # as `mv` and `cp -p` leave it
-        assert command()[0] == 0 and (exam_rows("val").tolist() == before) == same
+        command()
+        assert (exam_rows("val").tolist() == before) == same
     assert state_of(cache) == good
 
 
@@ -267,7 +267,7 @@ STRINGS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.in
 def test_shards_put_there_by_hand_are_read_without_a_network_whatever_strings_they_hold(kind, command, cache, shards):
     body = parquet(pa.array(some_texts(1)).cast(kind))
     put(cache, shards | {SHARDS[1]: body})
-    assert command()[0] == 0
+    command()
     assert (cache / "parquet" / SHARDS[1]).read_bytes() == body
     decode = prepare.Tokenizer.from_directory().decode
     assert [decode(tokens[1:]) for tokens in documents_of(SHARDS[1])] == some_texts(1)
@@ -282,8 +282,7 @@ def test_shards_put_there_by_hand_are_read_without_a_network_whatever_strings_th
 def test_a_bad_shard_put_there_by_hand_is_named_and_never_overwritten(damage, hub, command, cache, ends_well, shards):
     path, body = cache / "parquet" / SHARDS[1], damage(shards[SHARDS[1]])
     put(cache, {SHARDS[1]: body})
-    code, output = command()
-    assert code == 1 and path.name in output and path.read_bytes() == body
+    assert path.name in command(code=1) and path.read_bytes() == body
     path.unlink()
     ends_well()
 
@@ -291,8 +290,8 @@ def test_a_bad_shard_put_there_by_hand_is_named_and_never_overwritten(damage, hu
 def test_too_little_disk_is_said_with_both_numbers_before_any_download(hub, command, monkeypatch):
     hub.head = status(200, hashes=False, Content_Length=str(10**9), X_Linked_Size=str(10**9))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=3 * 10**9))
-    code, output = command()
-    assert code == 1 and {"3.0", "12.5"} <= set(re.findall(r"([\d.]+) GB", output))
+    output = command(code=1)
+    assert {"3.0", "12.5"} <= set(re.findall(r"([\d.]+) GB", output))
     assert "--num-shards" in output and "GET" not in [method for method, _, _ in hub.seen]
 
 
@@ -305,17 +304,15 @@ def test_a_file_that_cannot_be_written_is_said_in_one_message_and_the_next_run_e
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))
     try:
-        code, output = command()
+        assert "FAIL: " in command(code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
-    assert code == 1 and "FAIL: " in output
     ends_well()
 
 
 def test_a_cache_that_cannot_be_written_is_one_line_that_names_it(command, cache, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    code, output = command()
-    assert code == 1 and re.search("FAIL: .*/cache.*AUTORESEARCH_CACHE", output)
+    assert re.search("FAIL: .*/cache.*AUTORESEARCH_CACHE", command(code=1))
 
 
 def test_a_user_without_a_home_or_a_name_is_told_to_name_a_cache_and_gets_a_name(cache, command, monkeypatch):
@@ -324,7 +321,7 @@ def test_a_user_without_a_home_or_a_name_is_told_to_name_a_cache_and_gets_a_name
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
-    assert command() == (1, "FAIL: this user has no home folder; set AUTORESEARCH_CACHE to one\n")
+    assert command(code=1) == "FAIL: this user has no home folder; set AUTORESEARCH_CACHE to one\n"
     assert getpass.getuser() == f"user-{os.getuid()}"
 
 
@@ -395,7 +392,7 @@ def test_a_token_that_is_part_of_a_character_counts_its_own_bytes_and_a_reserved
 def test_a_million_blanks_in_a_row_are_encoded(hub, command):
     text = "before" + " \u3000" * 600_000 + "after"  # of one byte and of three
     hub.files[SHARDS[1]] = parquet([text])
-    assert command()[0] == 0
+    command()
     tokenizer, (tokens,) = prepare.Tokenizer.from_directory(), documents_of(SHARDS[1])
     assert tokenizer.encoding.decode_bytes(tokens[1:]) == text.encode()
     assert tokens == tokenizer.encode(text, prepend=tokenizer.get_bos_token_id())
@@ -423,7 +420,7 @@ def test_the_number_of_shards_changes_the_fingerprint_only_if_too_few_trained_th
     prints, notes = [], []
     for folder, count in ("one", "2"), ("one", "3"), ("other", "1"), ("other", "3"), ("other", "2"):
         monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / folder))
-        notes.append(bool(re.search("(?s)note: .*fingerprint", command("--num-shards", count)[1])))
+        notes.append(bool(re.search("(?s)note: .*fingerprint", command("--num-shards", count))))
         prints.append(prepare.fingerprint(LIMITED))
     assert notes[:3] == [False, False, True]
     assert prints[0] == prints[1] != prints[2] == prints[3] == prints[4]
@@ -431,7 +428,7 @@ def test_the_number_of_shards_changes_the_fingerprint_only_if_too_few_trained_th
 
 def test_num_shards_is_remembered_and_minus_one_means_all(hub, command, cache):
     for arguments, last in (["--num-shards", "1"], 1), ([], 1), (["--num-shards", "-1"], 3):
-        assert command(*arguments)[0] == 0
+        command(*arguments)
         there = sorted(path.name for path in (cache / "parquet").iterdir())
         assert there == [*SHARDS[:last], *SHARDS[3:]]
 
@@ -439,7 +436,7 @@ def test_num_shards_is_remembered_and_minus_one_means_all(hub, command, cache):
 def test_every_document_is_in_the_cache_once_in_order_as_tiktoken_encodes_it(hub, command, cache):
     odd = [*some_texts(5, 1000), None, "", "<|reserved_0|> é" * 3000, *some_texts(1, 500)]
     hub.files[SHARDS[1]] = parquet(odd)
-    assert command()[0] == 0
+    command()
     ranks = tiktoken.load.load_tiktoken_bpe(str(cache / "tokenizer.tiktoken"))
     assert list(ranks.values()) == list(range(len(ranks))) and 256 < len(ranks) <= 396
     oracle = tiktoken.Encoding("", pat_str=prepare.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
@@ -464,7 +461,7 @@ def test_tinystories_rows_are_split_by_their_number(hub, command, cache, monkeyp
     monkeypatch.setitem(prepare.CONTRACTS, "tinystories", contract)
     monkeypatch.setenv("AUTORESEARCH_CONTRACT", "tinystories")
     hub.files["tinystories_gpt4_clean.parquet"] = parquet([f"story {i} " for i in range(20_300)])
-    assert command()[0] == 0
+    command()
     tokenizer = prepare.Tokenizer.from_directory()
     x, _, _ = next(prepare.make_dataloader(tokenizer, 8, 32, "train", device="cpu"))
     for rows, start, stop in ((exam_rows("test"), 0, 10_000), (exam_rows("val"), 10_000, 20_000),
@@ -477,14 +474,12 @@ def test_tinystories_rows_are_split_by_their_number(hub, command, cache, monkeyp
 def test_a_split_too_short_for_the_exam_repeats_and_says_so_and_one_without_a_row_fails(
         hub, command, cache, tmp_path, monkeypatch):
     hub.files[SHARDS[4]] = parquet(some_texts(4)[:20])
-    code, output = command()
-    assert code == 0 and "repeat" in output and exam_rows("val").shape == (64, 33)
+    assert "repeat" in command() and exam_rows("val").shape == (64, 33)
     hub.files[SHARDS[3]] = parquet(["short"])
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "other"))
-    code, output = command()
-    assert code == 1 and re.search("FAIL: .*test.*short", output)
+    assert re.search("FAIL: .*test.*short", command(code=1))
     put(prepare.active_contract()[0].folder, {SHARDS[3]: parquet(some_texts(3))})  # what a hand replaces is read
-    assert command()[0] == 0
+    command()
 
 
 def test_the_demo_corpus_is_long_docstrings_once_each_split_by_module_and_written_alike_again(
@@ -505,7 +500,8 @@ def test_the_demo_corpus_is_long_docstrings_once_each_split_by_module_and_writte
     train, val = (tmp_path / "copy" / "demo" / "parquet" / f"{name}.parquet" for name in ("train", "val"))
     shutil.copy(val, train)  # text of one's own
     val.unlink()
-    assert command()[0] == 0 and pq.read_table(train)["text"].to_pylist() == texts[1]
+    command()
+    assert pq.read_table(train)["text"].to_pylist() == texts[1]
     before, after = state_of(demo / "demo"), state_of(tmp_path / "copy" / "demo")
     changed = {name for name in before | after if before.get(name) != after.get(name)}
     assert changed == {"parquet/train.parquet", "token_ids/train.parquet.bin"}

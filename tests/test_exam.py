@@ -97,11 +97,6 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-@pytest.fixture(autouse=True)
-def plain_attention():
-    train.choose_attention(CPU, "sdpa")
-
-
 def refused(model, tokenizer, match, batch_size=16):
     with pytest.raises(prepare.ExamError, match=match):
         prepare.evaluate_bpb(model, tokenizer, batch_size)

@@ -25,8 +25,7 @@ def own_hub(tmp_path, monkeypatch):
     monkeypatch.delenv("LOCAL_KERNELS", raising=False)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as unused:
-        monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(train, "attention_backend", None)
 
 

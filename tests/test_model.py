@@ -125,7 +125,6 @@ def test_width_kv_heads_and_value_embeddings_follow_from_the_knobs(monkeypatch):
 
 def built(config=CONFIG, seed=0, **changes):
     """A float32 model on the CPU whose zero parameters are random too, so that every path counts."""
-    train.choose_attention(CPU)
     model, _ = train.build(dataclasses.replace(config, **changes), CPU, torch.float32, False, seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -304,7 +303,6 @@ def test_init_weights_draws_each_kind_from_its_own_distribution():
         assert p.mean().item() == pytest.approx(mean, abs=error * deviation + 1e-7), name
         assert p.std().item() == pytest.approx(deviation, rel=error), name
         assert kind not in uniforms or p.abs().max() <= bound, name
-    train.choose_attention(CPU)
     loss = model(some_tokens(), some_tokens(seed=1))
     assert abs(loss.item() - math.log(50)) < 0.02  # it begins by knowing nothing
 

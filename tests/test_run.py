@@ -174,7 +174,6 @@ def test_warm_up_leaves_no_trace_not_even_in_buffers_gains_and_lists_of_ones_own
 
 def test_accumulated_batches_step_as_one_batch_of_all_their_rows(small):
     """The losses and gradients are means: equal within float32 rounding, whatever the cut."""
-    train.choose_attention(CPU)
     tokens = torch.randint(50, (8, 17), generator=torch.Generator().manual_seed(0))
     x, y = tokens[:, :-1], tokens[:, 1:]
     seen = []
