@@ -108,9 +108,8 @@ def start():
     def start(code: str, contract: prepare.Contract = SMALL) -> subprocess.Popen:
         code = f"""import os, prepare, sys; from prepare import Contract, main, run_main
 prepare.CONTRACTS["climbmix"] = {contract!r}\n{code}"""
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        started.append(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT,
-                                        start_new_session=True, **pipes))
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        started.append(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes))
         return started[-1]
 
     yield start
