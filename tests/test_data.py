@@ -446,11 +446,8 @@ def test_every_document_is_in_the_cache_once_in_order_as_tiktoken_encodes_it(hub
 
 def test_a_bar_on_a_terminal_changes_nothing_that_is_written(hub, ends_well, monkeypatch):
     """A bar says in what `update` returns whether it was drawn: here it is, every time."""
-    class Drawn(tqdm.tqdm):
-        def __init__(self, **options):
-            super().__init__(**options | dict(disable=False, delay=0, mininterval=0, miniters=1))
-
-    monkeypatch.setattr(tqdm, "tqdm", Drawn)
+    bar, always = tqdm.tqdm, dict(disable=False, delay=0, mininterval=0, miniters=1)
+    monkeypatch.setattr(tqdm, "tqdm", lambda **options: bar(**options | always))
     assert "\rtokenize" in ends_well()
 
 

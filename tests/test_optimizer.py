@@ -162,10 +162,7 @@ def test_what_is_no_matrix_in_a_block_trains_with_adamw_and_a_table_there_as_tab
 
 def test_changing_scalars_and_a_second_optimizer_compile_nothing_anew_and_few_numbers_nothing(
         compilations, monkeypatch):
-    """One compilation per kind of step and shape of large tensors; a CPU has AdamW from torch.
-
-    After warm-up there is a second optimizer: that must cost the clock nothing.
-    """
+    """One compilation per kind of step and shape of large tensors; a CPU has AdamW from torch."""
     monkeypatch.setattr(train, "COMPILED_FROM", 1000)
     monkeypatch.setattr(train, "EMBEDDING_LR", 0.9)  # one value, for the device "meta" too
     for device, kinds in ("meta", ("muon", "adamw")), ("cpu", ("muon",)):
@@ -178,7 +175,7 @@ def test_changing_scalars_and_a_second_optimizer_compile_nothing_anew_and_few_nu
                  for g in optimizer.param_groups for p in g["params"]}
         large = [kind for (kind, *_), size in sizes.items() if size >= 1000 and kind in kinds]
         for step in range(10):
-            optimizer = second if step == 5 else optimizer
+            optimizer = second if step == 5 else optimizer  # as after warm-up
             train.set_schedules(optimizer, 30 * step, step / 10)
             for p in model.parameters():
                 p.grad = torch.randn_like(p)
