@@ -546,6 +546,9 @@ def test_the_held_out_split_scores_other_rows_and_the_line_says_so(tiny, monkeyp
     test = prepare.evaluate_bpb(model, tiny, 16)
     assert test == pytest.approx(bpb_row_by_row(model, tiny, "test"), abs=1e-6) and test != val
     assert [line["split"] for line in evidence()] == ["val", "test"]
+    monkeypatch.setenv("AUTORESEARCH_SPLIT", "train")
+    with pytest.raises(prepare.Failure, match="AUTORESEARCH_SPLIT is 'train'; use val or test"):
+        prepare.evaluate_bpb(model, tiny, 16)
 
 
 @pytest.fixture
