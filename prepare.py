@@ -451,7 +451,8 @@ class Tokenizer:
             pairs = (line.split() for line in path.read_bytes().splitlines())
             return cls({base64.b64decode(token, validate=True): int(rank) for token, rank in pairs})
         except Exception as error:  # OSError, ValueError, or what tiktoken raises
-            raise Failure(f"cannot read {path} ({error}); delete it, uv run prepare.py") from error
+            raise Failure(f"cannot read {path} ({error}); delete it if it is there, and run: "
+                          "uv run prepare.py") from error
 
     def to_bytes(self) -> bytes:
         """tokenizer.tiktoken: per line a token's bytes in base64, and its rank."""
@@ -550,7 +551,8 @@ def read_documents(contract: Contract, parts: list[Part], bos: int) -> Iterator[
                 continue
             tokens = np.asarray(np.memmap(path, np.uint16, "r"))  # a memmap is slow to slice
         except (OSError, ValueError) as error:
-            raise Failure(f"cannot read {path} ({error}); delete it, uv run prepare.py") from error
+            raise Failure(f"cannot read {path} ({error}); delete it if it is there, and run: "
+                          "uv run prepare.py") from error
         starts = np.flatnonzero(tokens == bos)
         stops = np.append(starts[1:], len(tokens))
         for begin, end in zip(starts[start:stop].tolist(), stops[start:stop].tolist()):
@@ -887,8 +889,9 @@ class _Run:
         commit, dirty = _git("rev-parse", "HEAD"), None
         if commit and OURS:  # the script, and what it imports from here
             files = {str(getattr(module, "__file__", None)) for module in [*sys.modules.values()]}
-            own = (file for file in files
-                   if file.startswith(f"{HERE}{os.sep}") and "site-packages" not in file)
+            library = os.path.dirname(os.__file__)  # Python's own, which may be installed here
+            own = (file for file in files if file.startswith(f"{HERE}{os.sep}")
+                   and "site-packages" not in file and not file.startswith(library))
             changed = _git("status", "--porcelain", "--ignored", "--", str(SCRIPT), *own)
             dirty = None if changed is None else changed != ""
         return {
