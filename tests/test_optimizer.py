@@ -164,7 +164,8 @@ def test_changing_scalars_and_a_second_optimizer_compile_nothing_anew_and_few_nu
         compilations, monkeypatch):
     """One compilation per kind of step and shape of large tensors; a CPU has AdamW from torch."""
     monkeypatch.setattr(train, "COMPILED_FROM", 1000)
-    monkeypatch.setattr(train, "EMBEDDING_LR", 0.9)  # one value, for the device "meta" too
+    for knob in ("EMBEDDING_LR", "X0_LR"):  # one value, for the device "meta" too
+        monkeypatch.setattr(train, knob, 0.9)
     for device, kinds in ("meta", ("muon", "adamw")), ("cpu", ("muon",)):
         torch._dynamo.reset()
         compilations.clear()
