@@ -493,7 +493,7 @@ def test_a_scored_run_leaves_one_line_that_says_what_ran_and_whether_it_trained(
     assert set(last) == KEYS and last["seconds"] is None and last["tokens"] == 0
 
 
-FACTS = """import conf, json, pathlib, prepare
+FACTS = """import conf, json, of_python, pathlib, prepare
 def facts():
     vars(prepare._RUN).pop("facts", None)
     return [prepare._RUN.facts[name] for name in ("dirty", "script", "train_sha256")]
@@ -509,6 +509,10 @@ def test_what_a_script_imports_from_here_is_part_of_it_and_a_script_elsewhere_or
     commit(tmp_path, ("prepare.py", (ROOT / "prepare.py").read_text()), ("conf.py", "LR = 1"),
            ("train.py", FACTS), ("old/train.py", FACTS + "# another"))
     (tmp_path / "try2.py").write_text(FACTS + "# a copy")
+    (tmp_path / "python").mkdir()  # installed in the clone, it is no part of the script
+    (tmp_path / "python" / "of_python.py").touch()
+    monkeypatch.setattr(os, "__file__", str(tmp_path / "python" / "os.py"))
+    monkeypatch.syspath_prepend(tmp_path / "python")
     monkeypatch.syspath_prepend(tmp_path)
     for name, dirty in ("train.py", [False, True]), ("old/train.py", [None] * 2), ("try2.py", [True] * 2):
         monkeypatch.delitem(sys.modules, "prepare")  # the script imports its own
