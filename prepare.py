@@ -318,7 +318,7 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
 
 def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -> str | None:
     """Fetch FILE.part, on by Range after a break, check and rename it; return what went wrong."""
-    part = path.with_name(f"{path.name}.part")
+    shown, part = 0, path.with_name(f"{path.name}.part")
     for attempt in range(ATTEMPTS):
         time.sleep(attempt and PATIENCE / 60 * 2**attempt)
         start = part.stat().st_size if part.exists() else 0
@@ -335,10 +335,10 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -
                     hint = "; is HF_TOKEN right?" if code in (401, 403) else ""
                     return f"HTTP {code} from {_host(response.url)}{hint}"
                 with open(part, "ab" if resumed else "wb") as file:
-                    bar.update(start if resumed and not attempt else 0)  # of an earlier run
                     for chunk in response.iter_content(2**16):
                         file.write(chunk)
-                        bar.update(len(chunk))
+                        bar.update(file.tell() - shown)
+                        shown = file.tell()
         except (requests.RequestException, ValueError) as error:  # ValueError: an odd redirect
             asked = getattr(error, "request", None)  # by now perhaps of another host
             why = f"{_host(asked.url if asked is not None else url)}: {_cause(error)}"
@@ -381,6 +381,11 @@ def _cause(error: BaseException) -> str:
     return re.sub(r"://\S*", "://…", str(error) or repr(error)).splitlines()[0][:200]
 
 
+def _unreadable(path: Path, error: BaseException) -> Failure:
+    return Failure(f"cannot read {path} ({_cause(error)}); if it is there, replace it or delete it, "
+                   "and run: uv run prepare.py")
+
+
 def _write_docstrings(folder: Path, names: list[str]) -> None:
     """Write the docstrings of PACKAGES, split and shuffled by hash, to files of these names."""
     print(f"reading the docstrings of {', '.join(PACKAGES)}", flush=True)
@@ -413,8 +418,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
                 raise ValueError(f"column `text` holds {kind}, not strings")
             yield file
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # no UTF-8, say
-        raise Failure(f"cannot read {path} ({_cause(error)}); replace or delete it, and run the "
-                      "same command again") from error
+        raise _unreadable(path, error) from error
 
 
 def _texts(file: pq.ParquetFile, group: int) -> list[str]:
@@ -451,8 +455,7 @@ class Tokenizer:
             pairs = (line.split() for line in path.read_bytes().splitlines())
             return cls({base64.b64decode(token, validate=True): int(rank) for token, rank in pairs})
         except Exception as error:  # OSError, ValueError, or what tiktoken raises
-            raise Failure(f"cannot read {path} ({error}); delete it if it is there, and run: "
-                          "uv run prepare.py") from error
+            raise _unreadable(path, error) from error
 
     def to_bytes(self) -> bytes:
         """tokenizer.tiktoken: per line a token's bytes in base64, and its rank."""
@@ -551,8 +554,7 @@ def read_documents(contract: Contract, parts: list[Part], bos: int) -> Iterator[
                 continue
             tokens = np.asarray(np.memmap(path, np.uint16, "r"))  # a memmap is slow to slice
         except (OSError, ValueError) as error:
-            raise Failure(f"cannot read {path} ({error}); delete it if it is there, and run: "
-                          "uv run prepare.py") from error
+            raise _unreadable(path, error) from error
         starts = np.flatnonzero(tokens == bos)
         stops = np.append(starts[1:], len(tokens))
         for begin, end in zip(starts[start:stop].tolist(), stops[start:stop].tolist()):
@@ -735,7 +737,7 @@ def default_device() -> torch.device:
 # Metric: the locked exam
 
 LEAK_BPB = 0.001  # bits per byte: what all that a model must not know may be worth to it
-LEAK_NATS = 0.05  # how far that may move one target; tests/test_exam.py: how far rounding does
+LEAK_NATS = 0.05  # nats: how far it may move one target (rounding's share: tests/test_exam.py)
 
 
 def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> float:

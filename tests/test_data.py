@@ -444,11 +444,14 @@ def test_every_document_is_in_the_cache_once_in_order_as_tiktoken_encodes_it(hub
         assert documents_of(name) == expected
 
 
-def test_a_bar_on_a_terminal_changes_nothing_that_is_written(hub, ends_well, monkeypatch):
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_bar_on_a_terminal_changes_nothing_that_is_written_and_ends_at_the_bytes(
+        ranges, hub, ends_well, shards, monkeypatch):
     """A bar says in what `update` returns whether it was drawn: here it is, every time."""
-    bar, always = tqdm.tqdm, dict(disable=False, delay=0, mininterval=0, miniters=1)
-    monkeypatch.setattr(tqdm, "tqdm", lambda **options: bar(**options | always))
-    assert "\rtokenize" in ends_well()
+    bar, always, bars = tqdm.tqdm, dict(disable=False, delay=0, mininterval=0, miniters=1), []
+    monkeypatch.setattr(tqdm, "tqdm", lambda **options: bars.append(bar(**options | always)) or bars[-1])
+    hub.ranges, hub.acts[SHARDS[0]] = ranges, [acts.cut, acts.cut]
+    assert "\rtokenize" in ends_well() and bars[0].n == sum(map(len, shards.values()))
 
 
 def test_tinystories_rows_are_split_by_their_number(hub, command, cache, monkeypatch):

@@ -425,6 +425,13 @@ def test_honest_models_of_train_py_pass(tiny, dtype, batch_size, pattern, option
         assert_scored(model, tiny, (batch_size,), prepare.LEAK_NATS / 500)
 
 
+def test_an_average_of_weights_passes(tiny):
+    model = small_gpt(tiny)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    assert prepare.evaluate_bpb(average, tiny, 16) == prepare.evaluate_bpb(model, tiny, 16)
+
+
 @pytest.fixture
 def long_exam(tmp_path, monkeypatch):
     """A contract with the context of climbmix and an exam of 64 rows; returns its tokenizer."""

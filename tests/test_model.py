@@ -296,13 +296,16 @@ def test_init_weights_draws_each_kind_from_its_own_distribution():
         **dict.fromkeys(uniforms, (0, bound / 3**0.5)),
         **dict.fromkeys(("c_proj", "ve_gate", "attn_gate", "bigram", "bigram_value_embeds"), (0, 0)),
     }
+    seen = set()
     for name, p in model.named_parameters():  # within five standard errors
         *_, kind = (part for part in name.split(".") if part != "weight" and not part.isdigit())
         mean, deviation = expected[kind]
+        seen.add(kind)
         error = 5 / p.numel() ** 0.5
         assert p.mean().item() == pytest.approx(mean, abs=error * deviation + 1e-7), name
         assert p.std().item() == pytest.approx(deviation, rel=error), name
         assert kind not in uniforms or p.abs().max() <= bound, name
+    assert seen == expected.keys()
     loss = model(some_tokens(), some_tokens(seed=1))
     assert abs(loss.item() - math.log(50)) < 0.02  # it begins by knowing nothing
 
