@@ -49,7 +49,6 @@ try:
     import torch
     import torch.nn as nn
     import torch.nn.functional as F
-    from torch.optim.adamw import adamw
 
     import prepare
 except ImportError as error:
@@ -69,7 +68,7 @@ WINDOW_PATTERN = {"cuda": "SSL", "mps": "L", "cpu": "L"}  # tiled over the layer
 # That attention and MLP read a position late: 0.02 better in the demo (n = 5), 0.004 worse on an
 # H200 (n = 2)
 SHIFTED_CHANNELS = {"cuda": 0, "mps": 0, "cpu": 32}
-BIGRAM_ROWS = {"cuda": 2**19, "mps": 2**14, "cpu": 2**14}  # of each of two hashed tables; 0: none
+BIGRAM_ROWS = {"cuda": 2**21, "mps": 2**17, "cpu": 2**17}  # of each of two hashed tables; 0: none
 COMPILE = {"cuda": True, "mps": False, "cpu": False}  # a CPU needs a C++ compiler, and minutes
 
 # Model. Values: the reference's overnight run of 125 experiments, then our own (README, Results)
@@ -90,17 +89,18 @@ MUON_BETA2 = 0.95
 MUON_WEIGHT_DECAY = 0.2  # falls linearly to 0
 # Of token and value embeddings, at width 768; in the demo 0.3 gained 0.019 over 0.9 (n = 3)
 EMBEDDING_LR = {"cuda": 0.6, "mps": 0.6, "cpu": 0.3}
-BIGRAM_LR = 0.25  # of both bigram tables, times EMBEDDING_LR
+BIGRAM_LR = {"cuda": 0.25, "mps": 0.25, "cpu": 0.5}  # of both bigram tables, times EMBEDDING_LR
 UNEMBEDDING_LR = 0.005  # at width 768
 # Of the x0 lambdas. In the demo one noisy first step at 0.5 is a kick that some seeds never make good
 X0_LR = {"cuda": 0.5, "mps": 0.5, "cpu": 0.05}
 RESID_LR = 0.005  # resid lambdas, and whatever in a block is no matrix
 ADAM_BETAS = (0.8, 0.99)
 X0_BETAS = (0.96, 0.95)  # ADAM_BETAS of the x0 lambdas
-BIGRAM_BETAS = (0.0, 0.99)  # ADAM_BETAS of both bigram tables
+BIGRAM_BETA2 = 0.99  # of rows_step
 ADAM_EPS = 1e-10
-COMPILED_FROM = 2**14  # elements; to compile a smaller tensor's step takes a second for nothing
-WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.01, "bigram": 0.02}  # AdamW's
+ROWS_DECAY_STEPS = 32  # from one weight decay of the bigram tables to the next
+COMPILED_FROM = 2**14  # elements of a matrix; to compile a smaller one's step takes a second for nothing
+WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.01, "bigram": 0.02}
 
 # Schedule, in shares of TIME_BUDGET
 WARMDOWN_RATIO = 0.9
@@ -354,8 +354,9 @@ class GPT(nn.Module):
         kv_dim = n_embd // config.n_head * config.n_kv_head
         self.wte = nn.Embedding(config.vocab_size, n_embd)
         rows = config.bigram_rows
-        self.bigram = nn.Embedding(rows, n_embd) if rows else None
-        self.bigram_value_embeds = nn.Embedding(rows, kv_dim) if rows else None
+        # Two tables of which a step reads few rows: sparse gradients, and the last row is rows_step's
+        self.bigram = nn.Embedding(rows + 1, n_embd, sparse=True) if rows else None
+        self.bigram_value_embeds = nn.Embedding(rows + 1, kv_dim, sparse=True) if rows else None
         self.value_embeds = nn.ModuleList(nn.Embedding(config.vocab_size, kv_dim)
                                           for i in range(n_layer) if has_ve(i, n_layer))
         self.resid_lambdas = nn.Parameter(torch.ones(n_layer))
@@ -408,7 +409,7 @@ class GPT(nn.Module):
         head_dim = self.config.n_embd // self.config.n_head
         cos, sin = precompute_rotary(idx.size(1), head_dim, ROPE_BASE, idx.device)
         bigram = bigram_value = 0
-        if self.bigram is not None:  # here, because compiled code would make float32 gradients of them
+        if self.bigram is not None:  # here, because compiled code makes no sparse gradients
             rows = bigram_hash(idx, self.config.bigram_rows)
             bigram, bigram_value = self.bigram(rows), self.bigram_value_embeds(rows)
         x0, value_embeds = self.embed(idx, bigram, bigram_value)
@@ -490,20 +491,24 @@ def muon_step(params, grads, momentum_buffer, second_moment, momentum, lr, weigh
     params.sub_(lr * max(1, rows / cols) ** 0.5 * (u + weight_decay * params * (u * params > 0)))
 
 
-def adamw_step(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay):
-    """AdamW step (arXiv 1711.05101) in place.
+def rows_step(table, rows, grads, second_moment, step, lr, beta2, eps):
+    """RMSprop step, in place, of the rows of a table (R, C) that a batch read.
 
-    p <- p - lr weight_decay p - lr m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps),
-    computed in float32.
+    rows (N,) int64 with repeats, grads (N, C) of each reading; second_moment (R,), one number per row.
+    With g the sum of a row's gradients, 0 if it was not read:
+
+    v <- beta2 v + (1 - beta2) mean(g^2);  p <- p - lr g / (sqrt(v / (1 - beta2^step)) + eps)
+
+    How many rows differ is known on the device only, and the host must not wait for it. So N rows
+    are stepped: those that differ, then the table's last, which no batch may read, by zeros.
     """
-    g, m, v, p = grad.float(), exp_avg.float(), exp_avg_sq.float(), param.float()  # a copy if bfloat16
-    m.mul_(beta1).add_(g * (1 - beta1))
-    v.mul_(beta2).add_(g.square().mul_(1 - beta2))
-    denominator = (v / (1 - beta2**step)).sqrt_().add_(eps)
-    p.mul_(1 - lr * weight_decay).sub_((m / denominator).mul_(lr / (1 - beta1**step)))
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
-    param.copy_(p)
+    rows, order = rows.sort()
+    place = F.pad((rows[1:] != rows[:-1]).cumsum(0), (1, 0))  # of each reading among the rows that differ
+    different = torch.full_like(rows, table.size(0) - 1).scatter_(0, place, rows)
+    g = torch.zeros(grads.shape, device=grads.device).index_add_(0, place, grads[order].float())
+    second_moment.mul_(beta2).index_add_(0, different, g.square().mean(-1) * (1 - beta2))
+    denominator = (second_moment[different] / (1 - beta2**step)).sqrt() + eps
+    table[different] = (table[different].float() - g * (lr / denominator)[:, None]).to(table.dtype)
 
 
 @functools.cache  # a second optimizer of the process compiles nothing anew
@@ -512,21 +517,24 @@ def compiled_step(step):
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for groups with kind="muon" (matrices of one shape), AdamW for kind="adamw"; options may change.
+    """Groups of kind "muon": matrices of one shape; "rows": embeddings with sparse gradients; "adamw":
+    torch's AdamW for all else. Their options may change.
 
     `heads` of a muon group: each matrix is stepped as so many matrices, each an equal part of its rows.
-    `compiled`: steps of COMPILED_FROM elements or more go through torch.compile. `dtype`: of
-    polar_express.
+    `compiled`: Muon's steps of matrices of COMPILED_FROM elements or more and those of rows go through
+    torch.compile. `dtype`: of polar_express.
     """
 
     def __init__(self, groups, compiled=False, dtype=torch.float32):
         super().__init__(groups, {})
-        self.adamw_step, self.muon_step, self.dtype = adamw_step, muon_step, dtype
-        if compiled:
-            self.adamw_step, self.muon_step = compiled_step(adamw_step), compiled_step(muon_step)
-        if unknown := {group.get("kind") for group in self.param_groups} - {"muon", "adamw"}:
-            raise prepare.Failure(f"optimizer groups of kind {unknown}; MuonAdamW steps muon and adamw")
+        self.dtype = dtype
+        steps = muon_step, rows_step
+        self.muon_step, self.rows_step = map(compiled_step, steps) if compiled else steps
+        if unknown := {group.get("kind") for group in self.param_groups} - {"muon", "rows", "adamw"}:
+            raise prepare.Failure(f"optimizer groups of kind {unknown}; MuonAdamW steps muon, rows and adamw")
         self.scalars = collections.defaultdict(lambda: torch.zeros(()))
+        adamw = [group for group in self.param_groups if group["kind"] == "adamw"]
+        self.adamw = torch.optim.AdamW(adamw, fused=True) if adamw else None
 
     def scalars_of(self, **values):
         """Numbers as 0-D CPU tensors, because a Python number that changes would compile anew."""
@@ -534,27 +542,25 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        if self.adamw:
+            self.adamw.step()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                {"muon": self.step_muon, "adamw": self.step_adamw}[group["kind"]](group, params)
+            if params and group["kind"] != "adamw":
+                {"muon": self.step_muon, "rows": self.step_rows}[group["kind"]](group, params)
 
-    def step_adamw(self, group, params):
-        options = {name: group[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay")}
+    def step_rows(self, group, params):
+        options = {name: group[name] for name in ("lr", "beta2", "eps")}
         for p in params:
             state = self.state[p]
             if not state:
                 state["step"] = torch.zeros(())
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            # Two ways: torch's kernel takes a third of adamw_step's time on a CPU, but on an H200
-            # 6.2 ms a step of the default model, where the compiled adamw_step takes 2.6
-            if p.device.type == "cpu":
-                adamw([p], [p.grad], [moments[0]], [moments[1]], [], [state["step"]], fused=True,
-                      amsgrad=False, maximize=False, **options)
-            else:
-                step = self.adamw_step if p.numel() >= COMPILED_FROM else adamw_step
-                step(p, p.grad, *moments, **self.scalars_of(step=state["step"].add_(1), **options))
+                state["second_moment"] = torch.zeros(p.size(0), device=p.device)
+            self.rows_step(p, p.grad._indices()[0], p.grad._values(), state["second_moment"],
+                           **self.scalars_of(step=state["step"].add_(1), **options))
+            # All rows decay, but not in each step: bfloat16 would round so small a change away
+            if state["step"] % ROWS_DECAY_STEPS == 0:
+                p.mul_(1 - ROWS_DECAY_STEPS * group["lr"] * group["weight_decay"])
 
     def step_muon(self, group, params):
         heads = group.get("heads", 1)
@@ -582,8 +588,8 @@ def parameter_groups(model):
     embedding_lr = knob("EMBEDDING_LR", device_type) * scale
 
     def adamw(params, lr, decay=0.0, betas=ADAM_BETAS):
-        return {"kind": "adamw", "params": list(params), "lr": lr, "beta1": betas[0],
-                "beta2": betas[1], "eps": ADAM_EPS, "weight_decay": decay}
+        return {"kind": "adamw", "params": list(params), "lr": lr, "betas": betas, "eps": ADAM_EPS,
+                "weight_decay": decay}
 
     groups = [
         adamw(model.lm_head.parameters(), UNEMBEDDING_LR * scale, WEIGHT_DECAY["lm_head"]),
@@ -594,7 +600,8 @@ def parameter_groups(model):
     ]
     if model.bigram is not None:
         tables = [model.bigram.weight, model.bigram_value_embeds.weight]
-        groups.append(adamw(tables, BIGRAM_LR * embedding_lr, WEIGHT_DECAY["bigram"], BIGRAM_BETAS))
+        groups.append({"kind": "rows", "params": tables, "lr": knob("BIGRAM_LR", device_type) * embedding_lr,
+                       "beta2": BIGRAM_BETA2, "eps": ADAM_EPS, "weight_decay": WEIGHT_DECAY["bigram"]})
     # Whatever an edit puts into a block
     in_tables = {p for m in model.h.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     matrices = [p for p in model.h.parameters() if p.ndim == 2 and p not in in_tables]
@@ -686,7 +693,7 @@ def sizes(kind, seq_len, vocab_size):
     demand(knob("GATE_CHANNELS", kind, 1) <= n_embd, "GATE_CHANNELS", GATE_CHANNELS, f"1 to the width, {n_embd}")
     demand(isinstance(SOFTCAP, (int, float)) and 0 < SOFTCAP <= 79, "SOFTCAP", SOFTCAP,
            "above 0 and at most 79, where exp still fits into float32")
-    for name in {"MUON_MOMENTUM", "ADAM_BETAS", "X0_BETAS", "BIGRAM_BETAS"} & set(globals()):
+    for name in {"MUON_MOMENTUM", "ADAM_BETAS", "X0_BETAS"} & set(globals()):
         pair = knob(name, kind)
         demand(isinstance(pair, (tuple, list)) and len(pair) == 2, name, pair, "a pair, as in (0.8, 0.95)")
     demand(total % seq_len == 0, "TOTAL_BATCH_SIZE", total, f"a multiple of MAX_SEQ_LEN ({seq_len})")
@@ -794,8 +801,8 @@ def main():
             for _ in range(WARMUP_STEPS):
                 tokens = torch.randint(config.vocab_size, (device_batch_size, T + 1), device=device)
                 batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-                with autocast:  # the second micro-batch meets gradients: more need no more memory
-                    train_step(model, optimizer, [batch] * min(2, grad_accum_steps)).item()
+                with autocast:
+                    train_step(model, optimizer, [batch] * grad_accum_steps).item()
             with autocast:
                 prepare.check_model(model, device_batch_size)
             fits = True
