@@ -99,7 +99,7 @@ X0_BETAS = (0.96, 0.95)  # ADAM_BETAS of the x0 lambdas
 BIGRAM_BETA2 = 0.99  # of rows_step
 ADAM_EPS = 1e-10
 ROWS_DECAY_STEPS = 32  # from one weight decay of the bigram tables to the next
-COMPILED_FROM = 2**14  # elements of a matrix; to compile a smaller one's step takes a second for nothing
+COMPILED_FROM = 2**14  # elements; to compile Muon's step of fewer takes a second for nothing
 WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.01, "bigram": 0.02}
 
 # Schedule, in shares of TIME_BUDGET
@@ -521,15 +521,18 @@ class MuonAdamW(torch.optim.Optimizer):
     torch's AdamW for all else. Their options may change.
 
     `heads` of a muon group: each matrix is stepped as so many matrices, each an equal part of its rows.
-    `compiled`: Muon's steps of matrices of COMPILED_FROM elements or more and those of rows go through
+    `compiled`: Muon's steps of COMPILED_FROM elements or more and, on CUDA, those of rows go through
     torch.compile. `dtype`: of polar_express.
     """
 
     def __init__(self, groups, compiled=False, dtype=torch.float32):
         super().__init__(groups, {})
         self.dtype = dtype
-        steps = muon_step, rows_step
-        self.muon_step, self.rows_step = map(compiled_step, steps) if compiled else steps
+        self.muon_step = compiled_step(muon_step) if compiled else muon_step
+        # Sparse gradients of several batches have the same shape in each step on CUDA only: there they are
+        # put one behind the other, elsewhere those of a row may be merged
+        on_cuda = all(p.is_cuda for group in self.param_groups for p in group["params"])
+        self.rows_step = compiled_step(rows_step) if compiled and on_cuda else rows_step
         if unknown := {group.get("kind") for group in self.param_groups} - {"muon", "rows", "adamw"}:
             raise prepare.Failure(f"optimizer groups of kind {unknown}; MuonAdamW steps muon, rows and adamw")
         self.scalars = collections.defaultdict(lambda: torch.zeros(()))
