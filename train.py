@@ -557,10 +557,10 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in params:
             state = self.state[p]
             if not state:
-                state["step"] = torch.zeros(())
-                state["second_moment"] = torch.zeros(p.size(0), device=p.device)
+                state["step"], state["second_moment"] = 0, torch.zeros(p.size(0), device=p.device)
+            state["step"] += 1
             self.rows_step(p, p.grad._indices()[0], p.grad._values(), state["second_moment"],
-                           **self.scalars_of(step=state["step"].add_(1), **options))
+                           **self.scalars_of(step=state["step"], **options))
             # All rows decay, but not in each step: bfloat16 would round so small a change away
             if state["step"] % ROWS_DECAY_STEPS == 0:
                 p.mul_(1 - ROWS_DECAY_STEPS * group["lr"] * group["weight_decay"])
