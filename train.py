@@ -214,6 +214,7 @@ class GPTConfig:
     bigram_rows: int = 0
     shifted: int = 0  # channels, see shift
     next_but_one: float = 0.0  # in the loss at first, see GPT.head
+    table_dtype: torch.dtype = torch.float32
 
 
 def model_width(depth, aspect_ratio, head_dim):
@@ -352,12 +353,13 @@ class GPT(nn.Module):
         self.config = config
         n_layer, n_embd = config.n_layer, config.n_embd
         kv_dim = n_embd // config.n_head * config.n_kv_head
-        self.wte = nn.Embedding(config.vocab_size, n_embd)
+        table = functools.partial(nn.Embedding, dtype=config.table_dtype)
+        self.wte = table(config.vocab_size, n_embd)
         rows = config.bigram_rows
         # Two tables of which a step reads few rows: sparse gradients, and the last row is rows_step's
-        self.bigram = nn.Embedding(rows + 1, n_embd, sparse=True) if rows else None
-        self.bigram_value_embeds = nn.Embedding(rows + 1, kv_dim, sparse=True) if rows else None
-        self.value_embeds = nn.ModuleList(nn.Embedding(config.vocab_size, kv_dim)
+        self.bigram = table(rows + 1, n_embd, sparse=True) if rows else None
+        self.bigram_value_embeds = table(rows + 1, kv_dim, sparse=True) if rows else None
+        self.value_embeds = nn.ModuleList(table(config.vocab_size, kv_dim)
                                           for i in range(n_layer) if has_ve(i, n_layer))
         self.resid_lambdas = nn.Parameter(torch.ones(n_layer))
         self.x0_lambdas = nn.Parameter(torch.full((n_layer,), X0_INIT))
@@ -716,10 +718,8 @@ def build(config, device, dtype, compiled, seed):
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)  # what torch.empty gives is NaN then
     with torch.device(device):
-        model = GPT(config)
+        model = GPT(replace(config, table_dtype=dtype))
     torch.use_deterministic_algorithms(False)
-    for table in (module for module in model.modules() if isinstance(module, nn.Embedding)):
-        table.to(dtype)
     torch.manual_seed(seed)
     model.init_weights()
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -796,11 +796,11 @@ def main():
     # model that is trained is built after it, so that warm-up leaves no trace
     fits = False
     while True:
-        model, optimizer = build(config, device, dtype, knob("COMPILE", kind), seed)
         grad_accum_steps = total_batch_size // (device_batch_size * T)
-        if fits:
-            break
         try:
+            model, optimizer = build(config, device, dtype, knob("COMPILE", kind), seed)
+            if fits:
+                break
             for _ in range(WARMUP_STEPS):
                 tokens = torch.randint(config.vocab_size, (device_batch_size, T + 1), device=device)
                 batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
@@ -813,7 +813,7 @@ def main():
             if not prepare.is_out_of_memory(error) or device_batch_size == 1:
                 raise
         # Outside the except block, whose exception keeps the failed step's tensors alive
-        del model, optimizer
+        model = optimizer = None
         gc.collect()
         if not fits:
             torch.cuda.empty_cache()
