@@ -11,10 +11,9 @@ logits and the score comes from evaluate_bpb.
 
 import sys
 
-if __name__ == "__main__":  # a profile.py beside this file, say, is not Python's own
+if __name__ == "__main__":  # else a profile.py, say, beside this file would replace Python's own
     sys.path.append(sys.path.pop(0))
 
-import collections
 import functools
 import gc
 import math
@@ -24,22 +23,22 @@ import time
 from dataclasses import dataclass, replace
 
 
-def busy_share(seconds=0.3):
-    """Share of this machine's processor time that goes to other programs; 0 where Linux does not say."""
+def busy_share():
+    """Share of the processors' time that running programs take, this one sleeping; 0 if Linux does not say."""
     def read():
         with open("/proc/stat") as file:
             user, nice, system, idle, waiting, *more = map(int, file.readline().split()[1:9])
         return user + nice + system + sum(more), idle + waiting
 
     try:
-        (busy, idle), _, (busier, idler) = read(), time.sleep(seconds), read()
+        (busy, idle), _, (busier, idler) = read(), time.sleep(0.3), read()
         return (busier - busy) / max(busier - busy + idler - idle, 1)
     except (OSError, ValueError):
         return 0.0
 
 
-# Threads that wait by spinning gain a fifth on idle cores and lose half beside a busy program (2 cores,
-# n = 1). Up to three looks, so that a command that ends just now does not count
+# Threads that wait by spinning make a step of the demo a fifth faster on two idle cores (n = 2) and
+# nearly double it beside a busy program (n = 1). Three looks, because a command may just be ending
 BUSY = (__name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ
         and all(busy_share() > 0.3 for _ in range(3)))
 if BUSY:
@@ -57,7 +56,7 @@ except ImportError as error:
 # --------------------------------------------------------------------------------------------------
 # Hyperparameters
 
-# Size: the knobs that depend on the device; one value instead of three counts for all devices
+# Size. A knob may have a value per device type, or one for all
 DEPTH = {"cuda": 10, "mps": 4, "cpu": 3}  # layers: the one dial
 ASPECT_RATIO = {"cuda": 76, "mps": 64, "cpu": 42}  # n_embd / DEPTH, before it is made whole heads
 HEAD_DIM = {"cuda": 128, "mps": 64, "cpu": 64}
@@ -65,21 +64,21 @@ HEADS_PER_KV_HEAD = {"cuda": 1, "mps": 1, "cpu": 1}  # query heads that share a 
 TOTAL_BATCH_SIZE = {"cuda": 2**17, "mps": 2**14, "cpu": 2**11}  # tokens per optimizer step
 DEVICE_BATCH_SIZE = {"cuda": 64, "mps": 16, "cpu": 8}  # rows at once, also in the exam; halved to fit
 WINDOW_PATTERN = {"cuda": "SSL", "mps": "L", "cpu": "L"}  # tiled over the layers; the last is L
-# That attention and MLP read a position late: 0.02 better in the demo (n = 5), 0.004 worse on an
-# H200 (n = 2)
+# Channels that attention and MLP read a position late: 0.02 better in the demo (n = 5), 0.004
+# worse on an H200 (n = 2)
 SHIFTED_CHANNELS = {"cuda": 0, "mps": 0, "cpu": 32}
 BIGRAM_ROWS = {"cuda": 2**21, "mps": 2**17, "cpu": 2**17}  # of each of two hashed tables; 0: none
 COMPILE = {"cuda": True, "mps": False, "cpu": False}  # a CPU needs a C++ compiler, and minutes
 
-# Model. Values: the reference's overnight run of 125 experiments, then our own (README, Results)
+# Model. Values: those that the published design's agent found overnight, then our own
 SHORT_WINDOW = 128  # keys before its own that a query of an S layer sees; L layers see all
 ROPE_BASE = 200_000
-QK_SCALE = 1.3  # of attention's logits: q and k are normed
+Q_SCALE = 1.3  # q and k are normed; this sharpens attention
 SOFTCAP = 12  # logits stay within +-SOFTCAP
 GATE_CHANNELS = 32  # channels of x that a gate reads
 INIT_SCALE = 0.68  # of the uniform bound sqrt(3 / n_embd)
 X0_INIT = 0.05
-ATTENTION = "auto"  # or force one: "fa3", "varlen", "sdpa"
+ATTENTION = "auto"  # or the one to try: "fa3", "varlen", "sdpa"
 
 # Optimizer
 MATRIX_LR = 0.024  # Muon
@@ -89,9 +88,9 @@ MUON_BETA2 = 0.95
 MUON_WEIGHT_DECAY = 0.2  # falls linearly to 0
 # Of token and value embeddings, at width 768; in the demo 0.3 gained 0.019 over 0.9 (n = 3)
 EMBEDDING_LR = {"cuda": 0.6, "mps": 0.6, "cpu": 0.3}
-BIGRAM_LR = {"cuda": 0.25, "mps": 0.25, "cpu": 0.5}  # of both bigram tables, times EMBEDDING_LR
+BIGRAM_LR = 0.15  # of both bigram tables, at width 768
 UNEMBEDDING_LR = 0.005  # at width 768
-# Of the x0 lambdas. In the demo one noisy first step at 0.5 is a kick that some seeds never make good
+# Of the x0 lambdas. In the demo one noisy first step at 0.5 throws some seeds off for good
 X0_LR = {"cuda": 0.5, "mps": 0.5, "cpu": 0.05}
 RESID_LR = 0.005  # resid lambdas, and whatever in a block is no matrix
 ADAM_BETAS = (0.8, 0.99)
@@ -102,26 +101,23 @@ ROWS_DECAY_STEPS = 32  # from one weight decay of the bigram tables to the next
 COMPILED_FROM = 2**14  # elements; to compile Muon's step of fewer takes a second for nothing
 WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.01, "bigram": 0.02}
 
-# Schedule, in shares of TIME_BUDGET
-WARMDOWN_RATIO = 0.9
-FINAL_LR_FRAC = 0.0
-# Weight of the token after the next in the loss; falls to 0 at half of the budget. In the demo of
-# commit 1732042 0.5 gained 0.006, but five seeds then differed by 0.021 instead of 0.009
+# Schedule
+WARMDOWN_RATIO = 0.9  # share of TIME_BUDGET
+FINAL_LR_FRAC = 0.0  # of each learning rate
+# Weight of the token after the next in the loss; falls to 0 at half of the budget. In the demo
+# (commit 1732042) 0.5 gained 0.006, but five seeds then differed by 0.021 instead of 0.009
 NEXT_BUT_ONE = {"cuda": 0.5, "mps": 0.5, "cpu": 0.0}
 
 # --------------------------------------------------------------------------------------------------
 # Attention
 
-FA3_KERNEL = "kernels-community/flash-attn3"  # "varunneal/flash-attention-3" is said to be faster
+FA3_KERNEL = "kernels-community/flash-attn3"
 FA3_ALLOWED: list[str] = []  # publishers whose kernels may run though the hub does not trust them
 HUB_SECONDS = 120  # a hub that accepts and never answers must not hang the run
 
 
-def attention(q, k, v, window):
-    """Query t sees keys max(0, t - window) ... t: q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H, D)."""
-    return attention_backend(q, k, v, window)
-
-
+# In each of these query t sees keys max(0, t - window) ... t: q (B, T, H, D), k and v (B, T, Hkv, D)
+# -> (B, T, H, D)
 def attention_fa3(flash_attn_func, q, k, v, window):
     window = -1 if window >= q.size(1) - 1 else window
     y = flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
@@ -151,12 +147,12 @@ def band_mask(T, window, device):
     return torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(-window)
 
 
-attention_backend = attention_sdpa  # choose_attention sets it
+attention = attention_sdpa  # choose_attention sets it
 
 
 def choose_attention(device, wanted="auto"):
-    """Set what `attention` calls; returns its name and the reason in one line."""
-    global attention_backend
+    """Set `attention`; returns its name and the reason in one line."""
+    global attention
     why = []
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if wanted not in ("auto", "sdpa") and (wanted not in ("fa3", "varlen") or capability < (8, 0)):
@@ -164,25 +160,26 @@ def choose_attention(device, wanted="auto"):
                               "device of capability (8, 0) or more: fa3 or varlen")
     if wanted == "fa3" or (wanted == "auto" and capability == (9, 0) and not torch.version.hip):
         try:
-            attention_backend = functools.partial(attention_fa3, load_kernel(FA3_KERNEL, FA3_ALLOWED))
+            attention = functools.partial(attention_fa3, load_kernel())
             return "fa3", f"Flash Attention 3 from {FA3_KERNEL}"
         except prepare.Failure as failure:
             why.append(f"NO FLASH ATTENTION 3: {FA3_KERNEL} did not load ({failure})")
     if wanted != "sdpa" and capability >= (8, 0):
-        attention_backend = attention_varlen
+        attention = attention_varlen
         return "varlen", "; ".join([*why, "torch's varlen_attn"])
-    attention_backend = attention_sdpa
+    attention = attention_sdpa
     return "sdpa", "; ".join([*why, f"torch's scaled_dot_product_attention on {device.type}"])
 
 
-def load_kernel(repo, allowed):
-    """Return flash_attn_func of a hub kernel, version 1; a Failure says what came instead."""
+def load_kernel():
+    """Return flash_attn_func of FA3_KERNEL, version 1; a Failure says what came instead."""
     found, problem = [], [f"no answer from the hub within {HUB_SECONDS} s"]
 
     def load():
         try:
             import kernels
-            found.append(kernels.get_kernel(repo, version=1, trust_remote_code=allowed).flash_attn_func)
+            kernel = kernels.get_kernel(FA3_KERNEL, version=1, trust_remote_code=FA3_ALLOWED)
+            found.append(kernel.flash_attn_func)
         except BaseException as error:  # anything can come of importing a stranger's build
             cause = error
             while cause.__context__:  # a refused connection, say, behind advice that does not help
@@ -213,7 +210,7 @@ class GPTConfig:
     windows: tuple  # per layer, see attention
     bigram_rows: int = 0
     shifted: int = 0  # channels, see shift
-    next_but_one: float = 0.0  # in the loss at first, see GPT.head
+    next_but_one: float = 0.0  # its weight at the start, see GPT.head
     table_dtype: torch.dtype = torch.float32
 
 
@@ -227,11 +224,11 @@ def window_sizes(pattern, n_layer, short, seq_len):
     if not pattern or set(pattern) - {"S", "L"}:
         raise prepare.Failure(f"WINDOW_PATTERN is {pattern!r}; it takes S and L only, as in SSSL")
     tiled = [pattern[i % len(pattern)] for i in range(n_layer - 1)] + ["L"]
-    return tuple(min(short, seq_len) if kind == "S" else seq_len for kind in tiled)
+    return tuple(min(short, seq_len) if letter == "S" else seq_len for letter in tiled)
 
 
 def has_ve(layer, n_layer):
-    """Alternating layers, the last one included."""
+    """Whether a layer has a value embedding: every second one, the last included."""
     return (n_layer - 1 - layer) % 2 == 0
 
 
@@ -239,13 +236,13 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 
-def precompute_rotary(seq_len, head_dim, base, device=None):
+def precompute_rotary(seq_len, head_dim, device):
     """cos (1, T, 1, 1, head_dim / 2) and sin with both its signs (1, T, 1, 2, head_dim / 2), float32.
 
     The first half of the pairs turns, the others stand still (modded-nanogpt).
     """
     turning = head_dim // 4
-    inverse = base ** -(torch.arange(turning, dtype=torch.float32, device=device) / turning)
+    inverse = ROPE_BASE ** -(torch.arange(turning, dtype=torch.float32, device=device) / turning)
     inverse = F.pad(inverse, (0, head_dim // 2 - turning))
     positions = torch.arange(seq_len, dtype=torch.float32, device=device)
     angles = torch.outer(positions, inverse)[None, :, None, None, :]
@@ -305,7 +302,7 @@ class CausalSelfAttention(nn.Module):
         k, v = self.c_k(x).unflatten(-1, heads), self.c_v(x).unflatten(-1, heads)  # (B, T, Hkv, D)
         if ve is not None:  # value residual (ResFormer, arXiv 2410.17897)
             v = v + gate(self.ve_gate, x) * ve.unflatten(-1, heads)
-        q, k = QK_SCALE * norm(q), norm(k)
+        q, k = Q_SCALE * norm(q), norm(k)
         k = offset_keys(k) if self.sees_all else k
         q, k = apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin)  # a rotation keeps norms
         return q.to(v.dtype), k.to(v.dtype), v
@@ -369,18 +366,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Fill the weights from torch's random state; others than these stay as their modules made them."""
+        """Fill the weights from torch's random state; those not named here stay as they were made."""
         bound = INIT_SCALE * (3 / self.config.n_embd) ** 0.5  # a uniform has the deviation bound / sqrt(3)
-        fill = {
-            "wte": lambda p: p.normal_(0, 1), "lm_head": lambda p: p.normal_(0, 0.001),
-        }
+        fill = {"wte": lambda p: p.normal_(0, 1), "lm_head": lambda p: p.normal_(0, 0.001)}
         for name in ("c_q", "c_k", "c_v", "c_fc", "value_embeds"):
             fill[name] = lambda p: p.uniform_(-bound, bound)
         for name in ("c_proj", "ve_gate", "attn_gate", "bigram", "bigram_value_embeds"):
             fill[name] = torch.Tensor.zero_
         for name, parameter in self.named_parameters():
-            *_, kind = (part for part in name.split(".") if part != "weight" and not part.isdigit())
-            fill.get(kind, lambda p: p)(parameter)
+            *_, module = (part for part in name.split(".") if part != "weight" and not part.isdigit())
+            fill.get(module, lambda p: p)(parameter)
 
     def embed(self, idx, bigram, bigram_value):
         """idx (B, T), bigram (B, T, C) and bigram_value (B, T, Hkv * D), or 0 -> x0, value embeddings."""
@@ -399,29 +394,28 @@ class GPT(nn.Module):
         logits = SOFTCAP * (2 * torch.sigmoid(logits * (2 / SOFTCAP)) - 1)  # SOFTCAP tanh(./SOFTCAP)
         if targets is None:
             return logits
-        total = torch.exp2(logits / math.log(2)).sum(-1)
+        exp_sum = torch.exp2(logits / math.log(2)).sum(-1)
         vocabulary = torch.arange(logits.size(-1), device=logits.device)
         after = F.pad(targets[:, 1:], (0, 1), value=-1)  # a row's last position has none
         wanted = (torch.where(targets[..., None] == vocabulary, 1.0, 0.0)
                   + torch.where(after[..., None] == vocabulary, self.next_but_one, 0.0))
         weights = wanted.sum(-1)
-        return (total.log() * weights - (wanted * logits).sum(-1)).sum() / weights.sum()
+        return (exp_sum.log() * weights - (wanted * logits).sum(-1)).sum() / weights.sum()
 
     def forward(self, idx, targets=None):
         head_dim = self.config.n_embd // self.config.n_head
-        cos, sin = precompute_rotary(idx.size(1), head_dim, ROPE_BASE, idx.device)
+        cos, sin = precompute_rotary(idx.size(1), head_dim, idx.device)
         bigram = bigram_value = 0
         if self.bigram is not None:  # here, because compiled code makes no sparse gradients
             rows = bigram_hash(idx, self.config.bigram_rows)
             bigram, bigram_value = self.bigram(rows), self.bigram_value_embeds(rows)
         x0, value_embeds = self.embed(idx, bigram, bigram_value)
-        x = x0.clone()  # two arguments that are one tensor would compile the first block apart
-        lambdas = zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind())
-        for i, (block, (resid_lambda, x0_lambda)) in enumerate(zip(self.h, lambdas)):
+        x = x0.clone()  # else x is x0, and the first block would be compiled apart
+        for i, (block, *lambdas) in enumerate(zip(self.h, self.resid_lambdas, self.x0_lambdas)):
             ve = value_embeds.pop(0) if has_ve(i, self.config.n_layer) else None
-            x = block(x, x0, ve, resid_lambda, x0_lambda, cos, sin)
-            if targets is None and not self.training:  # the exam; compile_parts left gradients on
-                x = x.detach().requires_grad_()
+            x = block(x, x0, ve, *lambdas, cos, sin)
+            if targets is None and not self.training:  # the exam: compile_parts left gradients on,
+                x = x.detach().requires_grad_()  # which would keep every layer's activations
         return self.head(x, targets)
 
     def flops_per_token(self):
@@ -434,8 +428,8 @@ class GPT(nn.Module):
 def compile_parts():
     """Compile what stands around attention, once for all layers, so that any attention kernel will do.
 
-    A block compiled whole breaks at attention into four graphs instead of these two: 1 to 2 % of a
-    step on an H100.
+    A block compiled whole breaks at attention into four graphs instead of these two, which costs 1
+    to 2 % of a step on an H100.
     """
     torch._dynamo.config.recompile_limit = 64  # with and without ve, for each batch shape
     for owner, part in ((Block, "before"), (Block, "after"), (GPT, "embed"), (GPT, "head")):
@@ -513,14 +507,14 @@ def rows_step(table, rows, grads, second_moment, step, lr, beta2, eps):
     table[different] = (table[different].float() - g * (lr / denominator)[:, None]).to(table.dtype)
 
 
-@functools.cache  # a second optimizer of the process compiles nothing anew
-def compiled_step(step):
-    return torch.compile(step, dynamic=False, fullgraph=True)
+def scalars(options, *names):
+    """Options as 0-D tensors, because a Python number that changes would compile a step anew."""
+    return {name: torch.tensor(float(options[name])) for name in names}
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Groups of kind "muon": matrices of one shape; "rows": embeddings with sparse gradients; "adamw":
-    torch's AdamW for all else. Their options may change.
+    torch's AdamW for all else. The options of a group may change from step to step.
 
     `heads` of a muon group: each matrix is stepped as so many matrices, each an equal part of its rows.
     `compiled`: Muon's steps of COMPILED_FROM elements or more and, on CUDA, those of rows go through
@@ -530,20 +524,17 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, groups, compiled=False, dtype=torch.float32):
         super().__init__(groups, {})
         self.dtype = dtype
-        self.muon_step = compiled_step(muon_step) if compiled else muon_step
+        compile = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+        self.muon_step = compile(muon_step) if compiled else muon_step
         # Sparse gradients of several batches have the same shape in each step on CUDA only: there they are
         # put one behind the other, elsewhere those of a row may be merged
         on_cuda = all(p.is_cuda for group in self.param_groups for p in group["params"])
-        self.rows_step = compiled_step(rows_step) if compiled and on_cuda else rows_step
+        self.rows_step = compile(rows_step) if compiled and on_cuda else rows_step
         if unknown := {group.get("kind") for group in self.param_groups} - {"muon", "rows", "adamw"}:
             raise prepare.Failure(f"optimizer groups of kind {unknown}; MuonAdamW steps muon, rows and adamw")
-        self.scalars = collections.defaultdict(lambda: torch.zeros(()))
         adamw = [group for group in self.param_groups if group["kind"] == "adamw"]
+        # It gets these very groups, so that a changed option reaches it
         self.adamw = torch.optim.AdamW(adamw, fused=True) if adamw else None
-
-    def scalars_of(self, **values):
-        """Numbers as 0-D CPU tensors, because a Python number that changes would compile anew."""
-        return {name: self.scalars[name].fill_(value) for name, value in values.items()}
 
     @torch.no_grad()
     def step(self):
@@ -551,18 +542,20 @@ class MuonAdamW(torch.optim.Optimizer):
             self.adamw.step()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params and group["kind"] != "adamw":
-                {"muon": self.step_muon, "rows": self.step_rows}[group["kind"]](group, params)
+            if params and group["kind"] == "rows":
+                self.step_rows(group, params)
+            elif params and group["kind"] == "muon":
+                self.step_muon(group, params)
 
     def step_rows(self, group, params):
-        options = {name: group[name] for name in ("lr", "beta2", "eps")}
+        options = scalars(group, "lr", "beta2", "eps")
         for p in params:
             state = self.state[p]
             if not state:
                 state["step"], state["second_moment"] = 0, torch.zeros(p.size(0), device=p.device)
             state["step"] += 1
             self.rows_step(p, p.grad._indices()[0], p.grad._values(), state["second_moment"],
-                           **self.scalars_of(step=state["step"], **options))
+                           **scalars(state, "step"), **options)
             # All rows decay, but not in each step: bfloat16 would round so small a change away
             if state["step"] % ROWS_DECAY_STEPS == 0:
                 p.mul_(1 - ROWS_DECAY_STEPS * group["lr"] * group["weight_decay"])
@@ -577,12 +570,12 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(part)
                 self.state[p]["second_moment"] = torch.zeros_like(part.mean(shorter, keepdim=True))
         momenta = [self.state[p]["momentum_buffer"] for p in params]
-        seconds = [self.state[p]["second_moment"] for p in params]
-        p, g, m, s = map(torch.cat, (parts, grads, momenta, seconds))  # one batch
+        moments = [self.state[p]["second_moment"] for p in params]
+        p, g, m, s = map(torch.cat, (parts, grads, momenta, moments))  # one batch
         step = self.muon_step if p.numel() >= COMPILED_FROM else muon_step
-        options = {name: group[name] for name in ("momentum", "lr", "weight_decay", "beta2")}
-        step(p, g, m, s, **self.scalars_of(**options), dtype=self.dtype)
-        for each, changed in ((parts, p), (momenta, m), (seconds, s)):
+        options = scalars(group, "momentum", "lr", "weight_decay", "beta2")
+        step(p, g, m, s, **options, dtype=self.dtype)
+        for each, changed in ((parts, p), (momenta, m), (moments, s)):
             torch._foreach_copy_(each, list(changed.split(heads)))
 
 
@@ -605,27 +598,26 @@ def parameter_groups(model):
     ]
     if model.bigram is not None:
         tables = [model.bigram.weight, model.bigram_value_embeds.weight]
-        groups.append({"kind": "rows", "params": tables, "lr": knob("BIGRAM_LR", device_type) * embedding_lr,
+        groups.append({"kind": "rows", "params": tables, "lr": knob("BIGRAM_LR", device_type) * scale,
                        "beta2": BIGRAM_BETA2, "eps": ADAM_EPS, "weight_decay": WEIGHT_DECAY["bigram"]})
     # Whatever an edit puts into a block
-    in_tables = {p for m in model.h.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    matrices = [p for p in model.h.parameters() if p.ndim == 2 and p not in in_tables]
-    if in_tables:
-        groups.append(adamw(in_tables, embedding_lr, WEIGHT_DECAY["value_embeds"]))
+    embeddings = {p for m in model.h.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    matrices = [p for p in model.h.parameters() if p.ndim == 2 and p not in embeddings]
+    if embeddings:
+        groups.append(adamw(embeddings, embedding_lr, WEIGHT_DECAY["value_embeds"]))
     if others := [p for p in model.h.parameters() if p.ndim != 2]:
         groups.append(adamw(others, RESID_LR))
     # Every head of q, k and v is stepped by itself: 0.003 better than whole matrices on H100s (n = 5)
     head_dim = model.config.n_embd // model.config.n_head
     heads = {p: max(1, p.size(0) // head_dim) for name, p in model.h.named_parameters()
              if {"c_q", "c_k", "c_v"} & set(name.split("."))}
-    kinds = {p: (p.shape, heads.get(p, 1)) for p in matrices}
-    for kind in sorted(set(kinds.values())):  # matrices of one kind are stepped as one batch
-        params = [p for p in matrices if kinds[p] == kind]
-        groups.append({"kind": "muon", "params": params, "heads": kind[1], "lr": MATRIX_LR,
+    stacks = {p: (p.shape, heads.get(p, 1)) for p in matrices}
+    for stack in sorted(set(stacks.values())):  # its matrices are stepped as one batch
+        params = [p for p in matrices if stacks[p] == stack]
+        groups.append({"kind": "muon", "params": params, "heads": stack[1], "lr": MATRIX_LR,
                        "momentum": MUON_MOMENTUM[0], "beta2": MUON_BETA2, "weight_decay": MUON_WEIGHT_DECAY})
     grouped = [id(p) for group in groups for p in group["params"]]
-    wrong = [name for name, p in model.named_parameters() if grouped.count(id(p)) != 1]
-    if wrong:
+    if wrong := [name for name, p in model.named_parameters() if grouped.count(id(p)) != 1]:
         raise prepare.Failure(f"parameter_groups must hold each of {', '.join(wrong)} once")
     return [group | {"initial_lr": group["lr"]} for group in groups]
 
@@ -697,7 +689,7 @@ def sizes(kind, seq_len, vocab_size):
     demand(n_head % shared == 0, "HEADS_PER_KV_HEAD", shared, f"a divisor of the {n_head} heads")
     demand(knob("GATE_CHANNELS", kind, 1) <= n_embd, "GATE_CHANNELS", GATE_CHANNELS, f"1 to the width, {n_embd}")
     demand(isinstance(SOFTCAP, (int, float)) and 0 < SOFTCAP <= 79, "SOFTCAP", SOFTCAP,
-           "above 0 and at most 79, where exp still fits into float32")
+           "above 0 and at most 79, where a sum of 8192 exp still fits into float32")
     for name in {"MUON_MOMENTUM", "ADAM_BETAS", "X0_BETAS"} & set(globals()):
         pair = knob(name, kind)
         demand(isinstance(pair, (tuple, list)) and len(pair) == 2, name, pair, "a pair, as in (0.8, 0.95)")
@@ -722,6 +714,7 @@ def build(config, device, dtype, compiled, seed):
     torch.use_deterministic_algorithms(False)
     torch.manual_seed(seed)
     model.init_weights()
+    # A view's storage holds more than it shows, and AdamW on a CPU would step that too
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if empty := [name for name, tensor in tensors if tensor.isnan().any()]:
         raise prepare.Failure(f"{', '.join(empty)}: left as torch.empty made it; fill it where it is made")
@@ -732,14 +725,14 @@ def build(config, device, dtype, compiled, seed):
 
 def train_step(model, optimizer, batches):
     """Accumulate gradients over the batches, step, and return the mean loss, a detached 0-D tensor."""
-    total = 0
+    mean_loss = 0
     for x, y, *_ in batches:
         loss = model(x, y) / len(batches)
         loss.backward()
-        total = total + loss.detach()
+        mean_loss = mean_loss + loss.detach()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total
+    return mean_loss
 
 
 def summary(results):
@@ -756,6 +749,39 @@ def quick_start(kind):
     if kind == "cuda":  # the CPU has little to do: waking a hundred threads would take longer
         torch.set_num_threads(min(16, torch.get_num_threads()))
     gc.disable()  # garbage collection stalls steps, and compilation
+
+
+def on_host(loss):
+    """Begin to copy a loss to the host; returns a function that gives the number."""
+    if not loss.is_cuda:
+        return loss.item
+    copy, copied = loss.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()
+
+    def read():
+        copied.synchronize()  # loss.item() would wait for every queued kernel, not just this step's
+        return copy.item()
+
+    return read
+
+
+def finite(loss, step):
+    if not loss <= 100:
+        raise prepare.Failure(f"loss {loss:.6g} at step {step} (NaN, infinite or above 100: training diverged; "
+                              "lower a learning rate or undo the last change)")
+    return loss
+
+
+def log_line(step, loss, elapsed, dt, epoch, budget, total_batch_size, flops, peak_flops):
+    """One line of progress; dt in seconds, flops per step, peak_flops None where it is not known.
+
+    The loss has NEXT_BUT_ONE's part in it, which goes at half of the budget.
+    """
+    mfu = f"{100 * flops / (dt * peak_flops):.1f}%" if peak_flops else "n/a"
+    return (f"step {step:05d} ({min(100 * elapsed / budget, 100):.1f}%) | loss: {loss:.6f} | "
+            f"lrm: {lr_multiplier(elapsed / budget):.2f} | dt: {1000 * dt:.0f}ms | "
+            f"tok/sec: {total_batch_size / dt:,.0f} | mfu: {mfu} | epoch: {epoch} | "
+            f"remaining: {max(budget - elapsed, 0):.0f}s")
 
 
 def main():
@@ -777,7 +803,6 @@ def main():
     quick_start(kind)
     dtype = compute_dtype(device)
     autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    synchronize = getattr(torch, kind).synchronize  # torch.cuda's, torch.mps's, or torch.cpu's, which does nothing
     backend, reason = choose_attention(device, ATTENTION)
     name = prepare.device_name(device)
     print(f"device: {name}, {str(dtype).removeprefix('torch.')}\nattention: {backend} ({reason})")
@@ -792,15 +817,12 @@ def main():
         compile_parts()
     print("warm-up", flush=True)
 
-    # Warm-up on random tokens: compile, find the batch that fits, let the exam refuse a model. The
-    # model that is trained is built after it, so that warm-up leaves no trace
+    # Warm-up on random tokens compiles, finds the batch that fits and tries the exam's probes
     fits = False
-    while True:
+    while not fits:
         grad_accum_steps = total_batch_size // (device_batch_size * T)
         try:
             model, optimizer = build(config, device, dtype, knob("COMPILE", kind), seed)
-            if fits:
-                break
             for _ in range(WARMUP_STEPS):
                 tokens = torch.randint(config.vocab_size, (device_batch_size, T + 1), device=device)
                 batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
@@ -817,10 +839,11 @@ def main():
         gc.collect()
         if not fits:
             torch.cuda.empty_cache()
-            rows = range(device_batch_size // 2, 0, -1)
-            device_batch_size = next(n for n in rows if total_batch_size % (n * T) == 0)
+            smaller = range(device_batch_size // 2, 0, -1)
+            device_batch_size = next(n for n in smaller if total_batch_size % (n * T) == 0)
             print(f"out of memory: now DEVICE_BATCH_SIZE is {device_batch_size}, with "
                   f"{total_batch_size // (device_batch_size * T)} batches per step")
+    model, optimizer = build(config, device, dtype, knob("COMPILE", kind), seed)  # no trace of warm-up
     n_params = sum(p.numel() for p in model.parameters())
     print(f"model: {n_params / 1e6:.1f} M parameters, {config.n_layer} layers, width {config.n_embd}, "
           f"{config.n_head} heads of {config.n_embd // config.n_head}; {total_batch_size:,} tokens per step")
@@ -831,7 +854,7 @@ def main():
     loader = prepare.make_dataloader(tokenizer, device_batch_size, T, "train", device=device)
     flops = model.flops_per_token() * total_batch_size
     words = f"{name} ".replace("-", " ")
-    peak_flops = next((flops for part, flops in PEAK_FLOPS.items() if f"{part} " in words), None)
+    peak_flops = next((peak for card, peak in PEAK_FLOPS.items() if f"{card} " in words), None)
     log_seconds = max(LOG_SECONDS, budget / 100)  # a log stays under 20 kB
     line = functools.partial(log_line, budget=budget, total_batch_size=total_batch_size, flops=flops,
                              peak_flops=peak_flops)
@@ -840,7 +863,7 @@ def main():
     step = logged = 0
     elapsed = logged_at = 0.0
     print(f"training for {budget:g} s", flush=True)
-    synchronize()
+    getattr(torch, kind).synchronize()  # torch.cuda's, torch.mps's, or torch.cpu's, which does nothing
     start = time.monotonic()
     while elapsed < budget:
         batches = [next(loader) for _ in range(grad_accum_steps)]
@@ -882,34 +905,8 @@ def main():
         "contract": prepare.fingerprint(contract),
         "device": name,
         "attention": backend,
-        "next": "this run's record is the last line of runs.jsonl; README.md, The loop, starts an agent",
+        "next": "this run's record is the last line of runs.jsonl; how an agent goes on: README.md, The loop",
     }))
-
-
-def on_host(loss):
-    """Begin to copy a loss to the host; returns a function that gives the number."""
-    if not loss.is_cuda:
-        return loss.item
-    copy, copied = loss.to("cpu", non_blocking=True), torch.cuda.Event()
-    copied.record()
-    # loss.item() would wait for every queued kernel, not just this step's
-    return lambda: (copied.synchronize(), copy.item())[1]
-
-
-def finite(loss, step):
-    if not loss <= 100:
-        raise prepare.Failure(f"loss {loss:.6g} at step {step} (NaN, infinite or above 100: training diverged; "
-                              "lower a learning rate or undo the last change)")
-    return loss
-
-
-def log_line(step, loss, elapsed, dt, epoch, budget, total_batch_size, flops, peak_flops):
-    """One line of progress; dt in seconds, flops per step, peak_flops None where it is not known."""
-    mfu = f"{100 * flops / (dt * peak_flops):.1f}%" if peak_flops else "n/a"
-    return (f"step {step:05d} ({min(100 * elapsed / budget, 100):.1f}%) | loss: {loss:.6f} | "
-            f"lrm: {lr_multiplier(elapsed / budget):.2f} | dt: {1000 * dt:.0f}ms | "
-            f"tok/sec: {total_batch_size / dt:,.0f} | mfu: {mfu} | epoch: {epoch} | "
-            f"remaining: {max(budget - elapsed, 0):.0f}s")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,6 @@ def parts(monkeypatch):
         for name, function in list(vars(owner).items()):
             if inspect.isfunction(function):
                 monkeypatch.setattr(owner, name, function)
-    monkeypatch.setattr(train, "attention", train.attention)
 
 
 @pytest.fixture
@@ -63,12 +62,10 @@ def compilations(monkeypatch, parts):
     from torch._dynamo.testing import CompileCounter  # takes a second
 
     torch._dynamo.reset()
-    train.compiled_step.cache_clear()
     counter, compile = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, **options, backend=counter))
     yield counter
     torch._dynamo.reset()
-    train.compiled_step.cache_clear()
 
 
 def write_shards(folder: Path, texts) -> None:
@@ -174,7 +171,7 @@ def own_state(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     monkeypatch.setattr(prepare, "PATIENCE", 0.6)
     monkeypatch.setattr(prepare, "_RUN", copy.deepcopy(prepare._RUN))
-    monkeypatch.setattr(train, "attention_backend", train.attention_sdpa)
+    monkeypatch.setattr(train, "attention", train.attention_sdpa)
     forget()
     yield
     forget()

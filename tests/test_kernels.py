@@ -26,7 +26,7 @@ def own_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(train, "attention_backend", None)
+    monkeypatch.setattr(train, "attention", None)
 
 
 def pretend(monkeypatch, capability, hip=None):
@@ -48,7 +48,7 @@ def falls_back_saying(words):
     """choose_attention soon takes varlen instead of FA3 and says so, and why, in one line."""
     latest = time.monotonic() + 10
     backend, reason = train.choose_attention(GPU)
-    assert backend == "varlen" and train.attention_backend is train.attention_varlen
+    assert backend == "varlen" and train.attention is train.attention_varlen
     assert reason.startswith(f"NO FLASH ATTENTION 3: {train.FA3_KERNEL} did not load (")
     assert reason.endswith("); torch's varlen_attn") and words in reason, reason
     assert "\n" not in reason and len(reason) < 400 and time.monotonic() < latest
@@ -65,7 +65,7 @@ def test_no_hopper_and_a_forced_backend_ask_no_hub(device, capability, hip, want
     monkeypatch.setattr(train, "load_kernel", lambda *arguments: pytest.fail("asked the hub"))
     backend, reason = train.choose_attention(device, wanted)
     assert backend == expected and "NO FLASH" not in reason
-    assert train.attention_backend is getattr(train, f"attention_{expected}")
+    assert train.attention is getattr(train, f"attention_{expected}")
 
 
 def test_an_attention_that_does_not_exist_or_not_here_is_an_error_that_names_it(monkeypatch):

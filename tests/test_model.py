@@ -172,7 +172,7 @@ def by_hand(model, idx):
             if rows is not None:
                 ve = ve + weights["bigram_value_embeds.weight"][rows]
             v = v + gate[..., None] * ve.view(B, T, -1, D)
-        q, k = train.QK_SCALE * rms(q), rms(k)
+        q, k = train.Q_SCALE * rms(q), rms(k)
         if window == config.seq_len:  # what does not turn comes from the position before
             still = (pair >= D // 4).repeat(2)
             k = torch.where(still, k[:, (torch.arange(T) - 1).clamp_min(0)], k)

@@ -192,7 +192,7 @@ def test_changing_scalars_and_a_second_optimizer_compile_nothing_anew_and_few_nu
     model = train.GPT(CONFIG)
     optimizer, second = (train.MuonAdamW(train.parameter_groups(model), True) for _ in range(2))
     if cuda:
-        optimizer.rows_step = second.rows_step = train.compiled_step(train.rows_step)
+        optimizer.rows_step = second.rows_step = torch.compile(train.rows_step, dynamic=False, fullgraph=True)
     stacks = {(p.shape, g["heads"]): p.numel() * len(g["params"])
               for g in optimizer.param_groups for p in g["params"] if g["kind"] == "muon"}
     large = [size for size in stacks.values() if size >= 1000]
