@@ -2,24 +2,29 @@
 What is fixed: the contract, the data, the tokenizer, the loader, the metric and the evidence.
 
     uv run prepare.py [--contract NAME] [--num-shards N] [--download-workers N]
+    uv run prepare.py --verdict
 
 Makes what `train.py` needs and is not there yet, in ~/.cache/autoresearch (AUTORESEARCH_CACHE
-moves it). A file that has its name is whole. Of each contract:
+moves it). A file that has its name is whole. `active` there names the contract that was asked for
+last. Of each contract:
 
     parquet/FILE.parquet        the text, downloaded or put there by hand
     tokenizer.tiktoken          the tokenizer
     token_ids/FILE.parquet.bin  the text as uint16 tokens; a document begins where one is BOS
     val.bin, test.bin           the exams: packed rows of max_seq_len + 1 uint16 tokens
-    SHA256SUMS, shards          of the tokenizer and the exams; training shards that are in use
+    SHA256SUMS                  of the tokenizer and the exams, as they were made
+    shards                      how many training shards are in use
+    lock                        held by the process that prepares
 
-`evaluate_bpb` appends a line to runs.jsonl, beside the script that runs. Nobody edits this file
-during research: runs become incomparable, which the fingerprint or the hash in runs.jsonl shows.
+`evaluate_bpb` appends a line to runs.jsonl, beside this file (a script from elsewhere: in the
+current folder). Nobody edits this file during research: runs become incomparable, which the
+fingerprint or the hash in runs.jsonl shows.
 """
 
 import importlib.util
 import sys
 
-if __name__ == "__main__":  # a profile.py beside this file, say, is not Python's own
+if __name__ == "__main__":  # else a profile.py, say, beside this file would replace Python's own
     sys.path.append(sys.path.pop(0))
     if not importlib.util.find_spec("rustbpe"):
         sys.exit("FAIL: the packages are not in this Python. Start with `uv run prepare.py`")
@@ -49,7 +54,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import filelock  # torch brings it, and kernels tqdm
+import filelock  # comes with torch
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -58,7 +63,7 @@ import rustbpe
 import tiktoken
 import torch
 import torch.nn.functional as F
-import tqdm
+import tqdm  # comes with kernels
 from urllib3.util import Retry
 
 # --------------------------------------------------------------------------------------------------
@@ -85,7 +90,7 @@ class Contract:
     tokenizer_chars: int = 10**9  # characters the tokenizer is trained on, in shard order...
     tokenizer_doc_chars: int = 10_000  # ...of which at most so many of each document
 
-    def train(self, shards: int) -> list[Part]:
+    def train_parts(self, shards: int) -> list[Part]:
         files = range(min(shards, self.train_files))
         return [(self.train_file.format(i), *self.train_rows) for i in files]
 
@@ -173,7 +178,7 @@ def __getattr__(name: str):
 
 
 def fingerprint(contract: Contract | None = None) -> str:
-    """The contract's name, and 8 hex digits of SHA-256 over its fields, tokenizer and exam."""
+    """The contract's name, and 8 hex digits of SHA-256 over its fields, tokenizer and val.bin."""
     contract = contract or active_contract()[0]
     sums = _noted_sums(contract)
     if "val.bin" not in sums:
@@ -250,8 +255,8 @@ def _progress(label: str, total: float | None, unit: str) -> tqdm.tqdm:
 # --------------------------------------------------------------------------------------------------
 # Data: download from the hub, or the docstrings that are here already
 
-PATIENCE = 60  # seconds without a byte until a connection is broken; pauses begin at a 60th of it
-ATTEMPTS = 5  # at each file
+PATIENCE = 60  # seconds without a byte until a connection is broken; the first pause is a 30th
+ATTEMPTS = 5  # at each file, and in each so many at an answer
 PACKAGES = ("torch", "numpy", "sympy", "networkx")  # read for DOCSTRINGS
 MIN_DOCSTRING = 200  # characters
 # Text in three double quotes; other strings and comments, which may hold such quotes, are skipped
@@ -296,15 +301,15 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
         raise Failure(f"cannot reach {_host(base)} ({_cause(error)}).\n{offline}") from error
     except (requests.RequestException, ValueError):
         size = 0  # it does not say
-    need, free = size * 5 / 2e9, shutil.disk_usage(folder).free / 1e9  # text, and tokens
+    need, free = 2.5 * size / 1e9, shutil.disk_usage(folder).free / 1e9  # text, and its tokens
     if need > free:
         raise Failure(f"about {need:.1f} GB needed, {free:.1f} GB free in {folder}. Free some, ask "
                       "for fewer --num-shards, or move AUTORESEARCH_CACHE")
     problems, bar = [], _progress(f"download {size / 1e6:,.0f} MB", size or None, "B")
     with session, bar, ThreadPoolExecutor(workers) as pool:
         try:
-            jobs = pool.map(lambda name: _download(session, url + name, folder / name, bar), names)
-            for count, (name, problem) in enumerate(zip(names, jobs), 1):
+            found = pool.map(lambda name: _download(session, url + name, folder / name, bar), names)
+            for count, (name, problem) in enumerate(zip(names, found), 1):
                 if problem:
                     problems.append(f"  {name}: {problem}\n")
                 bar.set_postfix_str(f"{count}/{len(names)} files")
@@ -317,7 +322,7 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
 
 
 def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -> str | None:
-    """Fetch FILE.part, on by Range after a break, check and rename it; return what went wrong."""
+    """Fetch into FILE.part, resumed by Range; check it, rename it; return what went wrong."""
     shown, part = 0, path.with_name(f"{path.name}.part")
     for attempt in range(ATTEMPTS):
         time.sleep(attempt and PATIENCE / 60 * 2**attempt)
@@ -430,7 +435,7 @@ def _texts(file: pq.ParquetFile, group: int) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 # Tokenizer
 
-# GPT-4's split pattern with numbers in groups of at most two digits: few tokens, no room for three
+# GPT-4's split pattern, but numbers in groups of two digits: so few tokens have no room for three
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -536,7 +541,7 @@ def _tokenize(path: Path, tokenizer: Tokenizer) -> Iterator[bytes]:
             texts = _texts(file, group)
         pieces = [piece for text in texts for piece in (bos, tokenizer.encode_to_numpy(text))]
         bar.update()
-        return np.concatenate([bos[:0], *pieces]).astype(np.uint16).tobytes()
+        return np.concatenate([bos[:0], *pieces]).astype(np.uint16).tobytes()  # pieces may be none
 
     with _opened(path) as file:
         groups = range(file.num_row_groups)
@@ -611,7 +616,7 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
     folder = contract.folder
     with _locked(folder):
         shards = shards or _noted_shards(contract)
-        parts = contract.train(shards)
+        parts = contract.train_parts(shards)
         names = list(dict.fromkeys(name for name, _, _ in [*parts, contract.val, contract.test]))
         (folder / "parquet").mkdir(exist_ok=True)
         missing = [name for name in names if not (folder / "parquet" / name).exists()]
@@ -625,7 +630,7 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
             if path.exists() and _sha256(path) != before[path.name]:
                 print(f"{path} is not what it was when it was made; making it again")
                 path.unlink()
-        # What an older tokenizer made goes first; and exams of commits that lost text at a terminal
+        # With a new tokenizer all tokens go; without token_ids exams are of commits that lost text
         anew = not (folder / "tokenizer.tiktoken").exists()
         if anew or not (folder / "token_ids").exists():
             for path in [*folder.glob("*.bin"), *folder.glob("token_ids/*.bin")]:
@@ -642,7 +647,7 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
             _derive(folder / f"{split}.bin", tokens, rows)
         now = {name: _sha256(folder / name) for name in made}
         if before and now != before:
-            print("note: the tokenizer or the exam is not that of before; the fingerprint says so")
+            print("note: the tokenizer or an exam is not that of before; scores do not compare")
         _note(folder / "SHA256SUMS", "".join(f"{now[name]}  {name}\n" for name in made))
         _note(folder / "shards", str(shards))
     return tokenizer
@@ -689,7 +694,7 @@ def make_dataloader(
     if not tokenizer.belongs_to(contract):
         raise Failure(f"{contract.folder} was made with another tokenizer; run: uv run prepare.py")
     if split == "train":
-        parts = contract.train(_noted_shards(contract))
+        parts = contract.train_parts(_noted_shards(contract))
         _RUN.begin()
     else:
         parts = [getattr(contract, split)]
@@ -752,7 +757,7 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     are told apart; and with other tokens after a position, every position once. ExamError if that
     moves a score, or if exam or tokenizer are not the contract's. Appends a line to runs.jsonl.
     """
-    contract, split = active_contract()[0], active_split()
+    contract, split, trained = active_contract()[0], active_split(), _RUN.elapsed()
     rows, places = load_exam(contract, split, tokenizer), torch.arange(batch_size)
     # All batches have one size, so that they compile once: the last goes on with the first rows
     batches = [rows[(start + places) % len(rows)] for start in range(0, len(rows), batch_size)]
@@ -761,7 +766,7 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     weights = tokenizer.get_token_bytes()[rows[:, 1:]]
     nats = nll[: len(rows)].cpu().where(weights > 0, 0).double().sum().item()
     bpb = nats / (math.log(2) * weights.sum().item())
-    _RUN.write_evidence(contract, split, bpb, nll.device)
+    _RUN.write_evidence(contract, split, bpb, nll.device, trained)
     return bpb
 
 
@@ -794,14 +799,13 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
 
     ExamError for the first probe that moves a target or the score further than it may.
     """
-    parameters = getattr(model, "parameters", list)()
-    device = next((parameter.device for parameter in parameters), default_device())
+    module = model if isinstance(model, torch.nn.Module) else torch.nn.Module()
+    device = next((parameter.device for parameter in module.parameters()), default_device())
     token_bytes = tokenizer.get_token_bytes(device)
     batches = [batch.to(device) for batch in batches]
-    training = [module for module in getattr(model, "modules", list)() if module.training]
+    modes = {part: part.training for part in module.modules()}
+    module.eval()  # a model's own, too: it may put averaged weights in, and train() take them out
     try:
-        for module in training:
-            module.training = False
         nll = [_nll(model, batch[:, :-1], batch[:, 1:], len(token_bytes)) for batch in batches]
         for what, moved, weights in _probes(model, batches, nll, token_bytes, cuts, halvings):
             moved, weights = moved.cpu().double(), weights.cpu()
@@ -814,8 +818,9 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
                     f"{worth:.4f} bits per byte (limit {LEAK_BPB})")
         return torch.cat(nll)
     finally:
-        for module in training:
-            module.training = True
+        module.train(modes[module])
+        for part, mode in modes.items():
+            part.training = mode
         _RUN.alive = None
 
 
@@ -870,7 +875,7 @@ def _nll(model: Callable, x: torch.Tensor, targets: torch.Tensor, vocab_size: in
 
 
 # --------------------------------------------------------------------------------------------------
-# Evidence and watchdog
+# Evidence, watchdog, device
 
 HANG_SECONDS = 600  # without a batch drawn or scored
 HERE = Path(__file__).resolve().parent
@@ -882,7 +887,7 @@ EVIDENCE = HERE / "runs.jsonl" if OURS else Path("runs.jsonl")
 class _Run:
     """This process's run, from its first training batch on; a score leaves a line in runs.jsonl."""
 
-    began = alive = seed = None
+    began = alive = seed = shards = None
     tokens = evaluations = 0
 
     @functools.cached_property
@@ -905,7 +910,7 @@ class _Run:
 
     def begin(self) -> None:
         _ = self.facts  # noted now, by a script without run_main
-        self.seed = torch.initial_seed()
+        self.seed, self.shards = torch.initial_seed(), _noted_shards(active_contract()[0])
         try:
             with open(EVIDENCE, "ab") as file:
                 if EVIDENCE.read_bytes()[-1:] not in b"\n":  # an editor took the last line end away
@@ -930,14 +935,19 @@ class _Run:
               file=sys.__stderr__, flush=True)
         os._exit(1)
 
-    def write_evidence(self, contract: Contract, split: str, bpb: float, device: torch.device):
+    def elapsed(self) -> float | None:
+        """Seconds since the first training batch was drawn."""
+        return self.began and round(time.monotonic() - self.began, 1)
+
+    def write_evidence(self, contract: Contract, split: str, bpb: float, device: torch.device,
+                       trained: float | None) -> None:
         self.evaluations += 1
         line = json.dumps({
             "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), **self.facts,
             "seed": torch.initial_seed() if self.seed is None else self.seed,
-            "contract": fingerprint(contract), "shards": _noted_shards(contract), "split": split,
-            "bpb": bpb, "evaluation": self.evaluations, "tokens": self.tokens,
-            "seconds": self.began and round(time.monotonic() - self.began, 1),
+            "contract": fingerprint(contract), "shards": self.shards or _noted_shards(contract),
+            "split": split, "bpb": bpb, "evaluation": self.evaluations, "tokens": self.tokens,
+            "training_seconds": trained, "seconds": self.elapsed(),
             "peak_memory_mb": peak_memory_mb(device), "device": device_name(device),
             "torch": torch.__version__,
         })
@@ -953,10 +963,9 @@ _RUN = _Run()
 
 def _git(*arguments: str) -> str | None:
     """What git says in this repo, or None if it does not answer."""
-    command = ["git", "-C", HERE, *arguments]
+    command, quiet = ["git", "-C", HERE, *arguments], subprocess.DEVNULL
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
+        return subprocess.check_output(command, stderr=quiet, text=True, timeout=10).strip()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -1043,6 +1052,7 @@ def verdict() -> str:
     tokens = [np.mean(of(head, s, "tokens")) / np.mean(of(best, s, "tokens")) - 1 for s in both]
     apart = max(0.05, jitter)
     faster = max(tokens) > apart
+    took, budget = (max(of(commit, 42, "training_seconds")) for commit in (head, base))
     changed = _git("diff", "--text", "--numstat", best, head, "--", "train.py")
     if changed is None:
         raise Failure(f"git does not know {best}, the best commit of results.tsv")
@@ -1057,7 +1067,7 @@ def verdict() -> str:
         sure = worth = -10 * noise
     if head == best:
         word = "this is the best commit; go on with the next idea"
-    elif change[0] >= worth:
+    elif change[0] >= worth or took > 1.05 * budget:
         word = "discard"
     elif change[0] < sure and not faster:  # else the machine may have been
         word = "keep"
@@ -1068,6 +1078,8 @@ def verdict() -> str:
     else:
         word = f"run BEST under SEED=43 ({best}; after it, this one)"
     note = f"note: {head} evaluates more than once; the first score of a run counts\n" * again
+    if took > 1.05 * budget:
+        note += f"note: {head} trained for {took:g} s, the baseline for {budget:g} s\n"
     speed = ": SLOWER" if min(tokens) < -apart else ": FASTER" if faster else ""
     return f"""best {best}: SEED=42 {of(best, 42)}, SEED=43 {of(best, 43)}
 HEAD {head}: SEED=42 {of(head, 42)}, SEED=43 {of(head, 43)}
@@ -1150,9 +1162,9 @@ def main() -> None:
     start = time.monotonic()
     prepare(contract, shards, arguments.download_workers)
     if arguments.contract:
-        _note(cache_dir() / "active", contract.name)
-    seconds = time.monotonic() - start
-    print(f"ready: {fingerprint(contract)} in {seconds:.1f} s; now: uv run train.py")
+        with _locked(cache_dir()):
+            _note(cache_dir() / "active", contract.name)
+    print(f"ready: {fingerprint(contract)} in {time.monotonic() - start:.1f} s; now: uv run train.py")
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ def test_an_exam_that_lost_text_in_an_older_commit_is_packed_anew_though_sum_and
     (cache / "token_ids").rename(cache.parent / "tokens")
     with pytest.raises(prepare.Failure, match="cannot read .*parquet.bin .*prepare.py"):
         next(prepare.make_dataloader(prepare.Tokenizer.from_directory(), 1, 32, "train"))
-    assert "the fingerprint says so" in ends_well()
+    assert "scores do not compare" in ends_well()
 
 
 def test_text_in_the_place_of_other_text_is_packed_anew_however_old_its_file_is(command, cache, shards, good):

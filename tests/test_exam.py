@@ -157,6 +157,20 @@ def test_the_model_gets_the_inputs_alone_in_eval_mode_and_is_left_as_it_was(tiny
     assert model.training and model.lm_head.training and not model.wte.training
 
 
+def test_weights_that_a_models_own_eval_puts_in_are_scored_and_its_own_train_takes_them_out(tiny):
+    class Averaged(Small):
+        def train(self, mode=True):
+            with torch.no_grad():
+                self.lm_head.weight.copy_(mine if mode else average)
+            return super().train(mode)
+
+    mine, average = Small().lm_head.weight.detach(), torch.randn(V, 32)
+    model, expected = Averaged(), Small()
+    expected.lm_head.weight.data.copy_(average)
+    assert prepare.evaluate_bpb(model, tiny, 16) == prepare.evaluate_bpb(expected, tiny, 16)
+    assert torch.equal(model.lm_head.weight, mine) and model.training
+
+
 # The future
 
 
@@ -472,7 +486,7 @@ def test_honest_models_of_many_kinds_pass_on_the_gpu(long_exam, kind, dtype):
 # Evidence, held-out split, watchdog
 
 KEYS = {"time", "commit", "dirty", "script", "train_sha256", "prepare_sha256", "contract", "shards", "split",
-        "bpb", "evaluation", "seconds", "tokens", "peak_memory_mb", "device", "torch", "seed"}
+        "bpb", "evaluation", "training_seconds", "seconds", "tokens", "peak_memory_mb", "device", "torch", "seed"}
 
 
 def test_a_scored_run_leaves_one_line_that_says_what_ran_and_whether_it_trained(tiny):
@@ -481,17 +495,19 @@ def test_a_scored_run_leaves_one_line_that_says_what_ran_and_whether_it_trained(
     loader = prepare.make_dataloader(tiny, 4, 32, "train", device="cpu")
     for _ in range(5):
         next(loader)
-    model = Small()  # seeds with 0: the line says what the run began with
+    shards = Path("cache/tiny/shards").read_text()
+    Path("cache/tiny/shards").write_text("1")  # as another worktree may: the line says what the run began with
+    model = Small()  # which seeds with 0
     bpb = prepare.evaluate_bpb(model, tiny, 16)
     loader.close()
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     expected = {
         "bpb": bpb, "split": "val", "contract": prepare.fingerprint(), "tokens": 5 * 4 * 32, "seed": 43,
-        "evaluation": 1, "torch": torch.__version__, "device": prepare.device_name(CPU),
+        "evaluation": 1, "shards": int(shards), "torch": torch.__version__, "device": prepare.device_name(CPU),
         "commit": git.stdout.strip() if git.returncode == 0 else None}
     other, line = evidence()
     assert other == {"bpb": 9} and set(line) == KEYS and expected.items() <= line.items()
-    assert 0 <= line["seconds"] < 60 and line["peak_memory_mb"] > 1
+    assert 0 <= line["training_seconds"] <= line["seconds"] < 60 and line["peak_memory_mb"] > 1
     prepare.evaluate_bpb(model, tiny, 16)
     prepare._RUN = type(prepare._RUN)()  # another run, which only scores
     prepare.evaluate_bpb(model, tiny, 16)
@@ -604,7 +620,7 @@ def test_two_processes_that_append_at_once_leave_whole_lines(tiny, forked, monke
         prepare._RUN.facts = dict(commit="x" * 3000)
         time.sleep(begin - time.monotonic())
         for i in range(1000):
-            prepare._RUN.write_evidence(TINY, "val", number + i / 1024, CPU)
+            prepare._RUN.write_evidence(TINY, "val", number + i / 1024, CPU, None)
 
     assert forked(lambda: job(1), lambda: job(2)) == ([0, 0], "", "")
     assert sorted(line["bpb"] for line in evidence()) == [n + i / 1024 for n in (1, 2) for i in range(1000)]

@@ -105,6 +105,17 @@ def test_a_gain_of_a_run_that_trained_more_has_to_hold_under_the_other_seed(nigh
     assert night.verdict(1.40, 1.69, tokens=10_600) == "discard"
 
 
+def test_a_run_that_trained_for_longer_than_the_baseline_is_discarded_and_says_why(monkeypatch):
+    """Whatever it scored: code off the clock, say. The last step may end a little late."""
+    night = Night(monkeypatch)
+    night.baseline("basebas", 1.50, 1.58, 1.52, 1.58, training_seconds=60.2)
+    assert night.verdict(1.40, training_seconds=63.2) == "keep" and "trained for" not in prepare.verdict()
+    night.row("keep")
+    night.run("another", 42, 1.30, training_seconds=63.3)
+    assert night.verdict() == "discard"
+    assert "note: another trained for 63.3 s, the baseline for 60.2 s\n" in prepare.verdict()
+
+
 def test_missing_evidence_is_named(monkeypatch):
     night = Night(monkeypatch)
     night.run("basebas", 42, 1.5)
