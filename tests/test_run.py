@@ -241,6 +241,22 @@ def test_one_row_that_does_not_fit_and_any_other_error_end_the_run(rows, words, 
     assert sizes == ([("5", "3"), ("1", "15")] if rows == 0 else [])
 
 
+@pytest.mark.parametrize("fits", [0, 1])
+def test_a_model_that_does_not_fit_in_warm_up_or_behind_it_ends_the_run(fits, small, monkeypatch):
+    build, built = train.build, []
+
+    def full(*arguments):
+        built.append(arguments)
+        if len(built) > fits:
+            raise OUT_OF_MEMORY
+        return build(*arguments)
+
+    monkeypatch.setattr(train, "build", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train.main()
+    assert len(built) == (2 if fits else 4)  # 8, 4, 2 and 1 rows
+
+
 @pytest.mark.parametrize("seconds, expected", [(0.5, 4), (0.52, 4), (0.98, 3), (1.02, 2), (10.0, 1)])
 def test_the_budget_ends_with_the_step_in_which_it_runs_out(seconds, expected, small, monkeypatch, capsys):
     """Budget 2 s, fake clock: the last step begins in time, and overshoots by less than its duration."""
