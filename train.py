@@ -374,7 +374,7 @@ class GPT(nn.Module):
         for name in ("c_proj", "ve_gate", "attn_gate", "bigram", "bigram_value_embeds"):
             fill[name] = torch.Tensor.zero_
         for name, parameter in self.named_parameters():
-            *_, module = (part for part in name.split(".") if part != "weight" and not part.isdigit())
+            *_, module = ["", *(part for part in name.split(".") if part != "weight" and not part.isdigit())]
             fill.get(module, lambda p: p)(parameter)
 
     def embed(self, idx, bigram, bigram_value):
@@ -597,7 +597,7 @@ def parameter_groups(model):
         adamw([model.x0_lambdas], knob("X0_LR", device_type), betas=X0_BETAS),
     ]
     if model.bigram is not None:
-        tables = [model.bigram.weight, model.bigram_value_embeds.weight]
+        tables = [table.weight for table in (model.bigram, model.bigram_value_embeds) if table.sparse]
         groups.append({"kind": "rows", "params": tables, "lr": knob("BIGRAM_LR", device_type) * scale,
                        "beta2": BIGRAM_BETA2, "eps": ADAM_EPS, "weight_decay": WEIGHT_DECAY["bigram"]})
     # Whatever an edit puts into a block

@@ -153,12 +153,16 @@ def test_the_groups_cover_exactly_the_parameters(n_layer, n_kv_head, bigram_rows
 
 
 def test_a_parameter_in_no_group_or_in_two_and_an_unknown_kind_are_errors_that_name_it():
-    left_out, doubled, tied = (train.GPT(CONFIG) for _ in range(3))
+    left_out, doubled, tied, dense, plain = (train.GPT(CONFIG) for _ in range(5))
     left_out.extra = torch.nn.Linear(3, 3, bias=False)
     doubled.h[0].table = doubled.value_embeds[1]
     tied.lm_head.weight = tied.wte.weight
-    for model, name in (left_out, "extra"), (doubled, r"value_embeds\.1"), (tied, "wte"):
-        with pytest.raises(prepare.Failure, match=rf"must hold each of {name}\.weight once"):
+    dense.bigram.sparse = False
+    plain.weight = torch.nn.Parameter(torch.ones(3))
+    for model, name in ((left_out, "extra.weight"), (doubled, "value_embeds.1.weight"), (tied, "wte.weight"),
+                        (dense, "bigram.weight"), (plain, "weight")):
+        model.init_weights()
+        with pytest.raises(prepare.Failure, match=f"must hold each of {name} once"):
             train.parameter_groups(model)
     with pytest.raises(prepare.Failure, match="kind {'sgd'}; .* muon, rows and adamw"):
         train.MuonAdamW([{"params": [torch.zeros(2, 2)], "kind": "sgd"}])
