@@ -293,7 +293,8 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
             raise Failure(f"{name} is no address like https://huggingface.co; mend or unset it")
     url = f"{base}/datasets/{contract.dataset}/resolve/main/"
     offline = "No network? `uv run prepare.py --contract demo` needs none."
-    print(f"{len(names)} files to get from {_host(base)}", flush=True)
+    some = ", ".join(names[:3]) + ", …" * (len(names) > 3)
+    print(f"{len(names)} files to get from {_host(base)}: {some}", flush=True)
     try:
         headers = session.head(url + names[0]).headers
         size = int(headers.get("X-Linked-Size") or headers.get("Content-Length") or 0) * len(names)
@@ -601,7 +602,7 @@ def _pack_exam(contract: Contract, split: str, bos: int) -> Iterator[bytes]:
     count, length = contract.eval_tokens // contract.max_seq_len, contract.max_seq_len + 1
     documents = read_documents(contract, [getattr(contract, split)], bos)
     rows = list(itertools.islice(pack_rows(documents, length), count))
-    if not rows:
+    if all((row == bos).all() for row in rows):
         raise Failure(f"the {split} text of {contract.name} is too short for a row of {length}")
     if len(rows) < count:
         print(f"note: the {split} text fills {len(rows):,} of {count:,} rows; they repeat")
@@ -700,7 +701,8 @@ def make_dataloader(
         parts = [getattr(contract, split)]
     bos = tokenizer.get_bos_token_id()
     if next(read_documents(contract, parts, bos), None) is None:  # all passes would be as empty
-        raise Failure(f"no documents in {[name for name, _, _ in parts]} of {contract.folder}")
+        raise Failure(f"no documents in {[name for name, _, _ in parts]} of {contract.folder}; put "
+                      "text there, delete token_ids and run: uv run prepare.py")
 
     def documents() -> Iterator[np.ndarray]:
         nonlocal epoch
@@ -870,7 +872,8 @@ def _nll(model: Callable, x: torch.Tensor, targets: torch.Tensor, vocab_size: in
                        for row, target in zip(logits, targets.long())])
     # A logit of -inf that is not the target's does not show in the loss
     if not (nll.isfinite().all() and logits.amin().isfinite()):
-        raise ExamError("model(x) returned non-finite logits")
+        raise ExamError("model(x) returned non-finite logits (its arithmetic, or weights that "
+                        "diverged: a learning rate, a beta, an eps)")
     return nll
 
 
@@ -1007,7 +1010,7 @@ def verdict() -> str:
     ledger = _read(HERE / "results.tsv", "replace").lower()
     rows = [[cell.strip(' "*`_') for cell in f"{line}\t".split("\t")]
             for line in ledger.splitlines() if line.count("\t") > 2]
-    if ledger and not rows:
+    if ledger and (not rows or "\0" in ledger):  # UTF-16
         raise Failure("results.tsv has no cells with tabs between them; save it as text with tabs")
     for line in _read(HERE / "runs.jsonl", "replace").splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # no line of ours, or cut off
@@ -1097,6 +1100,7 @@ tokens trained: {", ".join(f"{by:+.1%}" for by in tokens)}, equal runs differ by
 
 def run_main(main: Callable[[], None]) -> None:
     """Call a script's main; a failure, Ctrl-C and a closed pipe end in a line at most."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed
     for stream in (sys.stdout, sys.stderr):  # in order in one log, and no character stops a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="replace", newline="\n")

@@ -446,6 +446,14 @@ def test_an_average_of_weights_passes(tiny):
     assert prepare.evaluate_bpb(average, tiny, 16) == prepare.evaluate_bpb(model, tiny, 16)
 
 
+def test_an_exam_of_document_starts_alone_is_refused_when_it_is_packed(tiny, monkeypatch):
+    bos = tiny.get_bos_token_id()
+    for text in [], [np.array([bos])] * 5000:
+        monkeypatch.setattr(prepare, "read_documents", lambda *given, text=text: iter(text))
+        with pytest.raises(prepare.Failure, match="the val text of tiny is too short"):
+            list(prepare._pack_exam(TINY, "val", bos))
+
+
 @pytest.fixture
 def long_exam(tmp_path, monkeypatch):
     """A contract with the context of climbmix and an exam of 64 rows; returns its tokenizer."""

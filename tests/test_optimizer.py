@@ -168,6 +168,13 @@ def test_a_parameter_in_no_group_or_in_two_and_an_unknown_kind_are_errors_that_n
         train.MuonAdamW([{"params": [torch.zeros(2, 2)], "kind": "sgd"}])
 
 
+def test_queries_that_are_not_whole_heads_are_stepped_as_one_matrix():
+    model = train.GPT(CONFIG)
+    model.h[0].attn.c_q = torch.nn.Linear(64, 64 + 3, bias=False)
+    (group,) = [g for g in train.parameter_groups(model) if model.h[0].attn.c_q.weight in set(g["params"])]
+    assert group["kind"] == "muon" and group["heads"] == 1
+
+
 def test_what_is_no_matrix_in_a_block_trains_with_adamw_and_a_table_there_as_tables_do():
     model = train.GPT(CONFIG)
     model.h[1].gain, model.h[3].mlp.c_fc = torch.nn.RMSNorm(64), torch.nn.Linear(64, 256)

@@ -406,6 +406,13 @@ def test_threads_wait_without_spinning_only_where_others_use_the_cores(shares, p
     assert os.environ.pop("OMP_WAIT_POLICY", None) == ("PASSIVE" if passive else None)
 
 
+def test_a_closed_stdout_stops_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    ran = []
+    prepare.run_main(lambda: ran.append(print("a line")))
+    assert ran == [None]
+
+
 def test_a_log_line_has_the_form_of_the_specification():
     line = train.log_line(50, 5.123456, 25.0, 0.24, 1, 300, 2**19, 1e12, 989e12)
     assert line == ("step 00050 (8.3%) | loss: 5.123456 | lrm: 1.00 | dt: 240ms | tok/sec: 2,184,533 | "

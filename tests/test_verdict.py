@@ -152,9 +152,10 @@ def test_rows_count_however_a_hand_wrote_hash_status_and_baseline(night, row):
     night.run("bestbes", 42, 1.40)
     Path("results.tsv").write_text(f"\ufeff{rows}{row}\n")
     assert night.verdict(1.45) == "discard" and "noise: 0.030000" in prepare.verdict()
-    Path("results.tsv").write_text(rows.replace("\t", ","))
-    with pytest.raises(prepare.Failure, match="tabs between them"):
-        prepare.verdict()
+    for odd in rows.replace("\t", ",").encode(), rows.encode("utf-16"):
+        Path("results.tsv").write_bytes(odd)
+        with pytest.raises(prepare.Failure, match="tabs between them"):
+            prepare.verdict()
 
 
 def test_a_run_of_other_seeds_alone_is_said(night):
