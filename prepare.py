@@ -695,8 +695,9 @@ def make_dataloader(
     if not tokenizer.belongs_to(contract):
         raise Failure(f"{contract.folder} was made with another tokenizer; run: uv run prepare.py")
     if split == "train":
-        parts = contract.train_parts(_noted_shards(contract))
-        _RUN.begin()
+        shards = _noted_shards(contract)
+        parts = contract.train_parts(shards)
+        _RUN.begin(shards)
     else:
         parts = [getattr(contract, split)]
     bos = tokenizer.get_bos_token_id()
@@ -806,8 +807,8 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
     token_bytes = tokenizer.get_token_bytes(device)
     batches = [batch.to(device) for batch in batches]
     modes = {part: part.training for part in module.modules()}
-    module.eval()  # a model's own, too: it may put averaged weights in, and train() take them out
     try:
+        module.eval()  # a model's own, too: it may put averaged weights in, and train() take them out
         nll = [_nll(model, batch[:, :-1], batch[:, 1:], len(token_bytes)) for batch in batches]
         for what, moved, weights in _probes(model, batches, nll, token_bytes, cuts, halvings):
             moved, weights = moved.cpu().double(), weights.cpu()
@@ -911,9 +912,9 @@ class _Run:
             "prepare_sha256": _sha256(Path(__file__)),
         }
 
-    def begin(self) -> None:
+    def begin(self, shards: int) -> None:
         _ = self.facts  # noted now, by a script without run_main
-        self.seed, self.shards = torch.initial_seed(), _noted_shards(active_contract()[0])
+        self.seed, self.shards = torch.initial_seed(), shards
         try:
             with open(EVIDENCE, "ab") as file:
                 if EVIDENCE.read_bytes()[-1:] not in b"\n":  # an editor took the last line end away
@@ -1056,6 +1057,7 @@ def verdict() -> str:
     apart = max(0.05, jitter)
     faster = max(tokens) > apart
     took, budget = (max(of(commit, 42, "training_seconds")) for commit in (head, base))
+    late = took > 1.05 * budget
     changed = _git("diff", "--text", "--numstat", best, head, "--", "train.py")
     if changed is None:
         raise Failure(f"git does not know {best}, the best commit of results.tsv")
@@ -1070,7 +1072,7 @@ def verdict() -> str:
         sure = worth = -10 * noise
     if head == best:
         word = "this is the best commit; go on with the next idea"
-    elif change[0] >= worth or took > 1.05 * budget:
+    elif change[0] >= worth or late:
         word = "discard"
     elif change[0] < sure and not faster:  # else the machine may have been
         word = "keep"
@@ -1081,8 +1083,7 @@ def verdict() -> str:
     else:
         word = f"run BEST under SEED=43 ({best}; after it, this one)"
     note = f"note: {head} evaluates more than once; the first score of a run counts\n" * again
-    if took > 1.05 * budget:
-        note += f"note: {head} trained for {took:g} s, the baseline for {budget:g} s\n"
+    note += f"note: {head} trained for {took:g} s, the baseline for {budget:g} s\n" * late
     speed = ": SLOWER" if min(tokens) < -apart else ": FASTER" if faster else ""
     return f"""best {best}: SEED=42 {of(best, 42)}, SEED=43 {of(best, 43)}
 HEAD {head}: SEED=42 {of(head, 42)}, SEED=43 {of(head, 43)}

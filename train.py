@@ -714,10 +714,10 @@ def build(config, device, dtype, compiled, seed):
     torch.use_deterministic_algorithms(False)
     torch.manual_seed(seed)
     model.init_weights()
-    # A view's storage holds more than it shows, and AdamW on a CPU would step that too
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if empty := [name for name, tensor in tensors if tensor.isnan().any()]:
         raise prepare.Failure(f"{', '.join(empty)}: left as torch.empty made it; fill it where it is made")
+    # A view's storage holds more than it shows, and AdamW on a CPU would step that too
     if strided := [name for name, tensor in tensors if not tensor.is_contiguous()]:
         raise prepare.Failure(f"{', '.join(strided)}: a view of part of a tensor; add .contiguous() where it is made")
     return model, MuonAdamW(parameter_groups(model), compiled, dtype)
@@ -818,11 +818,12 @@ def main():
     print("warm-up", flush=True)
 
     # Warm-up on random tokens compiles, finds the batch that fits and tries the exam's probes
+    new_model = functools.partial(build, config, device, dtype, knob("COMPILE", kind), seed)
     fits = False
     while not fits:
         grad_accum_steps = total_batch_size // (device_batch_size * T)
         try:
-            model, optimizer = build(config, device, dtype, knob("COMPILE", kind), seed)
+            model, optimizer = new_model()
             for _ in range(WARMUP_STEPS):
                 tokens = torch.randint(config.vocab_size, (device_batch_size, T + 1), device=device)
                 batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
@@ -843,7 +844,7 @@ def main():
             device_batch_size = next(n for n in smaller if total_batch_size % (n * T) == 0)
             print(f"out of memory: now DEVICE_BATCH_SIZE is {device_batch_size}, with "
                   f"{total_batch_size // (device_batch_size * T)} batches per step")
-    model, optimizer = build(config, device, dtype, knob("COMPILE", kind), seed)  # no trace of warm-up
+    model, optimizer = new_model()  # no trace of warm-up
     n_params = sum(p.numel() for p in model.parameters())
     print(f"model: {n_params / 1e6:.1f} M parameters, {config.n_layer} layers, width {config.n_embd}, "
           f"{config.n_head} heads of {config.n_embd // config.n_head}; {total_batch_size:,} tokens per step")
