@@ -76,7 +76,6 @@ ROPE_BASE = 200_000
 Q_SCALE = 1.3  # q and k are normed; this sharpens attention
 SOFTCAP = 12  # logits stay within +-SOFTCAP
 GATE_CHANNELS = 32  # channels of x that a gate reads
-INIT_SCALE = 0.68  # of the uniform bound sqrt(3 / n_embd)
 X0_INIT = 0.05
 ATTENTION = "auto"  # or the one to try: "fa3", "varlen", "sdpa"
 
@@ -94,7 +93,6 @@ UNEMBEDDING_LR = 0.005  # at width 768
 X0_LR = {"cuda": 0.5, "mps": 0.5, "cpu": 0.05}
 RESID_LR = 0.005  # resid lambdas, and whatever in a block is no matrix
 ADAM_BETAS = (0.8, 0.99)
-X0_BETAS = (0.96, 0.95)  # ADAM_BETAS of the x0 lambdas
 BIGRAM_BETA2 = 0.99  # of rows_step
 ADAM_EPS = 1e-10
 ROWS_DECAY_STEPS = 32  # from one weight decay of the bigram tables to the next
@@ -367,7 +365,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Fill the weights from torch's random state; those not named here stay as they were made."""
-        bound = INIT_SCALE * (3 / self.config.n_embd) ** 0.5  # a uniform has the deviation bound / sqrt(3)
+        bound = (3 / self.config.n_embd) ** 0.5  # for a standard deviation of n_embd ** -0.5
         fill = {"wte": lambda p: p.normal_(0, 1), "lm_head": lambda p: p.normal_(0, 0.001)}
         for name in ("c_q", "c_k", "c_v", "c_fc", "value_embeds"):
             fill[name] = lambda p: p.uniform_(-bound, bound)
@@ -585,16 +583,16 @@ def parameter_groups(model):
     device_type = model.wte.weight.device.type
     embedding_lr = knob("EMBEDDING_LR", device_type) * scale
 
-    def adamw(params, lr, decay=0.0, betas=ADAM_BETAS):
-        return {"kind": "adamw", "params": list(params), "lr": lr, "betas": betas, "eps": ADAM_EPS,
-                "weight_decay": decay}
+    def adamw(params, lr, decay=0.0):
+        return {"kind": "adamw", "params": list(params), "lr": lr, "betas": ADAM_BETAS,
+                "eps": ADAM_EPS, "weight_decay": decay}
 
     groups = [
         adamw(model.lm_head.parameters(), UNEMBEDDING_LR * scale, WEIGHT_DECAY["lm_head"]),
         adamw(model.wte.parameters(), embedding_lr, WEIGHT_DECAY["wte"]),
         adamw(model.value_embeds.parameters(), embedding_lr, WEIGHT_DECAY["value_embeds"]),
         adamw([model.resid_lambdas], RESID_LR),
-        adamw([model.x0_lambdas], knob("X0_LR", device_type), betas=X0_BETAS),
+        adamw([model.x0_lambdas], knob("X0_LR", device_type)),
     ]
     if model.bigram is not None:
         tables = [table.weight for table in (model.bigram, model.bigram_value_embeds) if table.sparse]
@@ -665,7 +663,7 @@ def compute_dtype(device):
 def knob(name, kind, least=None):
     """The value of a hyperparameter on a device type; with `least`, a whole number not below that."""
     value = globals()[name]
-    value = value.get(kind) if isinstance(value, dict) else value
+    value = value[kind] if isinstance(value, dict) else value
     if least is not None:
         demand(isinstance(value, int) and value >= least, name, value, f"a whole number, at least {least}")
     return value
@@ -690,7 +688,7 @@ def sizes(kind, seq_len, vocab_size):
     demand(knob("GATE_CHANNELS", kind, 1) <= n_embd, "GATE_CHANNELS", GATE_CHANNELS, f"1 to the width, {n_embd}")
     demand(isinstance(SOFTCAP, (int, float)) and 0 < SOFTCAP <= 79, "SOFTCAP", SOFTCAP,
            "above 0 and at most 79, where a sum of 8192 exp still fits into float32")
-    for name in {"MUON_MOMENTUM", "ADAM_BETAS", "X0_BETAS"} & set(globals()):
+    for name in {"MUON_MOMENTUM", "ADAM_BETAS"} & set(globals()):
         pair = knob(name, kind)
         demand(isinstance(pair, (tuple, list)) and len(pair) == 2, name, pair, "a pair, as in (0.8, 0.95)")
     demand(total % seq_len == 0, "TOTAL_BATCH_SIZE", total, f"a multiple of MAX_SEQ_LEN ({seq_len})")

@@ -291,7 +291,7 @@ def test_what_init_weights_does_not_know_stays_as_its_module_made_it(monkeypatch
 def test_init_weights_draws_each_kind_from_its_own_distribution():
     config = dataclasses.replace(CONFIG, bigram_rows=1000)
     model, _ = train.build(config, CPU, torch.float32, False, 0)
-    bound = train.INIT_SCALE * (3 / CONFIG.n_embd) ** 0.5
+    bound = (3 / CONFIG.n_embd) ** 0.5
     uniforms = ("c_q", "c_k", "c_v", "c_fc", "value_embeds")
     expected = {  # mean, standard deviation
         "wte": (0, 1), "lm_head": (0, 0.001), "resid_lambdas": (1, 0), "x0_lambdas": (train.X0_INIT, 0),
