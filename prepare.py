@@ -694,16 +694,13 @@ def make_dataloader(
         raise Failure(f"there is no split {split!r}; use train, val or test")
     if not tokenizer.belongs_to(contract):
         raise Failure(f"{contract.folder} was made with another tokenizer; run: uv run prepare.py")
-    if split == "train":
-        shards = _noted_shards(contract)
-        parts = contract.train_parts(shards)
-        _RUN.begin(shards)
-    else:
-        parts = [getattr(contract, split)]
-    bos = tokenizer.get_bos_token_id()
+    shards, bos = _noted_shards(contract), tokenizer.get_bos_token_id()
+    parts = contract.train_parts(shards) if split == "train" else [getattr(contract, split)]
     if next(read_documents(contract, parts, bos), None) is None:  # all passes would be as empty
         raise Failure(f"no documents in {[name for name, _, _ in parts]} of {contract.folder}; put "
                       "text there, delete token_ids and run: uv run prepare.py")
+    if split == "train":
+        _RUN.begin(shards)
 
     def documents() -> Iterator[np.ndarray]:
         nonlocal epoch
