@@ -661,18 +661,17 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except filelock.Timeout:
             print(f"another process is preparing {folder}; waiting for it", flush=True)
-            lock.acquire()
-        yield
+            held = lock.acquire()
+        with held:
+            yield
     except BrokenPipeError:  # stdout's
         raise
     except OSError as error:
         raise Failure(f"cannot read or write the cache {folder} ({error}). Free some disk, or move "
                       "the cache with AUTORESEARCH_CACHE; what is complete is kept.") from error
-    finally:
-        lock.release()
 
 
 # --------------------------------------------------------------------------------------------------
