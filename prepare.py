@@ -887,7 +887,7 @@ EVIDENCE = HERE / "runs.jsonl" if OURS else Path("runs.jsonl")
 class _Run:
     """This process's run, from its first training batch on; a score leaves a line in runs.jsonl."""
 
-    began = alive = seed = shards = None
+    began = alive = None
     tokens = evaluations = 0
 
     @functools.cached_property
@@ -909,8 +909,7 @@ class _Run:
         }
 
     def begin(self, shards: int) -> None:
-        _ = self.facts  # noted now, by a script without run_main
-        self.seed, self.shards = torch.initial_seed(), shards
+        self.facts.update(seed=torch.initial_seed(), shards=shards)  # before either can change
         try:
             with open(EVIDENCE, "ab") as file:
                 if EVIDENCE.read_bytes()[-1:] not in b"\n":  # an editor took the last line end away
@@ -943,13 +942,12 @@ class _Run:
                        trained: float | None) -> None:
         self.evaluations += 1
         line = json.dumps({
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), **self.facts,
-            "seed": torch.initial_seed() if self.seed is None else self.seed,
-            "contract": fingerprint(contract), "shards": self.shards or _noted_shards(contract),
-            "split": split, "bpb": bpb, "evaluation": self.evaluations, "tokens": self.tokens,
-            "training_seconds": trained, "seconds": self.elapsed(),
-            "peak_memory_mb": peak_memory_mb(device), "device": device_name(device),
-            "torch": torch.__version__,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+            "seed": torch.initial_seed(), "shards": _noted_shards(contract), **self.facts,
+            "contract": fingerprint(contract), "split": split, "bpb": bpb,
+            "evaluation": self.evaluations, "tokens": self.tokens, "training_seconds": trained,
+            "seconds": self.elapsed(), "peak_memory_mb": peak_memory_mb(device),
+            "device": device_name(device), "torch": torch.__version__,
         })
         try:
             with open(EVIDENCE, "ab") as file:
