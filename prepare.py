@@ -356,11 +356,12 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -
             if declared not in (None, digest):
                 raise ValueError(f"SHA-256 is {digest[:12]}…, the server declares {declared[:12]}…")
             pq.read_schema(part).field("text")
-            os.replace(part, path)
-            return None
         except (pa.ArrowException, ValueError, OSError, KeyError) as error:
             why = f"{came.get('Content-Type', 'something')} came: {_cause(error)}"
             part.unlink(missing_ok=True)
+        else:  # what is whole is not thrown away, should its name be refused
+            os.replace(part, path)
+            return None
     return f"{why}; gave up after {ATTEMPTS} attempts"
 
 
