@@ -64,12 +64,13 @@ def drawn(loader, count: int) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
     return batches
 
 
-@pytest.mark.parametrize("B", [1, 3, 16, 128])
-@pytest.mark.parametrize("buffer_size", [1000, 50, 1])
-def test_batches_and_epochs_are_the_oracles_for_every_batch_size(tiny, B, buffer_size):
-    """The split holds 600 documents: fewer than the largest buffer, and read several times over."""
-    T, count, documents = 256, 384 // B, encoded(tiny, 0, 1, 2)
-    batches = drawn(prepare.make_dataloader(tiny, B, T, "train", buffer_size, device="cpu"), count)
+@pytest.mark.parametrize("B, buffer_size, split, shards", [
+    *((B, size, "train", (0, 1, 2)) for B in (1, 3, 16, 128) for size in (1000, 50, 1)),
+    (7, 1, "val", (4,)), (7, 1000, "test", (3,))])
+def test_batches_and_epochs_are_the_oracles_for_every_batch_size_and_split(tiny, B, buffer_size, split, shards):
+    """A shard holds 200 documents: fewer than the largest buffer, and read several times over."""
+    T, count, documents = 256, 384 // B, encoded(tiny, *shards)
+    batches = drawn(prepare.make_dataloader(tiny, B, T, split, buffer_size, device="cpu"), count)
     oracle = naive_rows(itertools.cycle(documents), T + 1, buffer_size)
     for x, y, epoch in batches:
         rows, read = zip(*itertools.islice(oracle, B))
@@ -78,19 +79,6 @@ def test_batches_and_epochs_are_the_oracles_for_every_batch_size(tiny, B, buffer
         assert torch.equal(x, rows[:, :-1]) and torch.equal(y, rows[:, 1:])
         assert epoch == 1 + (read[-1] - 1) // len(documents)
     assert len(batches) == count and epoch >= 2
-
-
-@pytest.mark.parametrize("split, shard", [("val", 4), ("test", 3)])
-def test_the_other_splits_are_packed_alike_from_their_own_shard(tiny, split, shard):
-    """Compared as far as the first 128 documents reach: what follows them may be the next pass."""
-    documents, B = encoded(tiny, shard), 7
-    rows = [row for row, read in naive_rows(documents, 33, 1) if read == 128]
-    loader = prepare.make_dataloader(tiny, B, 32, split, buffer_size=1, device="cpu")
-    batches = drawn(loader, len(rows) // B)
-    assert len(batches) > 5 and {epoch for _, _, epoch in batches} == {1}
-    expected = torch.tensor(rows[: B * len(batches)])
-    assert torch.equal(torch.cat([x for x, _, _ in batches]), expected[:, :-1])
-    assert torch.equal(torch.cat([y for _, y, _ in batches]), expected[:, 1:])
 
 
 def test_another_tokenizer_and_a_split_that_there_is_not_are_refused(tiny):
