@@ -38,11 +38,10 @@ import prepare
 import train
 
 V = 338  # the vocabulary of tiny
-SEED = random.randrange(10**6)  # of what is drawn here, printed with every failure
 
 
-def leaky(bonus, places, ahead=1, smooth=0.0):
-    """What followed each token in the exam, down to -20, and `bonus` nats on a later one at `places`."""
+def leaky(bonus, places, smooth=0.0):
+    """What followed each token in the exam, down to -20, and `bonus` nats on the next token at `places`."""
     rows, counts = exam_rows(), torch.full((V, V), 1e-6)
     pairs = rows[:, :-1].flatten(), rows[:, 1:].flatten()
     counts.index_put_(pairs, torch.ones(()), accumulate=True)
@@ -51,8 +50,8 @@ def leaky(bonus, places, ahead=1, smooth=0.0):
     def model(idx):
         known = torch.zeros(idx.size(1))
         known[places] = bonus
-        known[-ahead:] = 0  # nothing is there to be seen
-        seen = idx.roll(-ahead, 1)[..., None]
+        known[-1] = 0  # nothing is there to be seen
+        seen = idx.roll(-1, 1)[..., None]
         return table[idx].scatter_add(2, seen, known[None, :, None].expand(seen.shape).contiguous())
 
     return model
@@ -174,25 +173,14 @@ def test_weights_that_a_models_own_eval_puts_in_are_scored_and_its_own_train_tak
 # The future
 
 
-@pytest.mark.parametrize("batch_size", [1, 16, 100])
+@pytest.mark.parametrize("batch_size", [1, 16, 40])
 @pytest.mark.parametrize("bonus, places", [
     (0.01, slice(None)), (0.05, slice(None)), (0.15, slice(None)), (-0.05, slice(None)),  # faint, everywhere
-    (5, slice(0, 1)), (1, slice(17, 18)), (5, slice(30, 31)), (0.3, slice(7, 11)),  # at one position, at some
-    (5, slice(20, 25))])
+    *((5, slice(place, place + 1)) for place in range(31)), (1, slice(17, 18)), (0.05, slice(20, 25))])
 def test_a_leak_of_the_next_token_is_refused_at_any_place_and_strength(tiny, bonus, places, batch_size):
     alone = places.stop == (places.start or 0) + 1  # in one row, where no target may be certain
     model = leaky(bonus, places, smooth=0.2 * alone)
     refused(model, tiny, "sees the future.* at position [0-9]+ .* bits per byte", batch_size)
-
-
-@pytest.mark.parametrize("number", range(6))
-def test_a_leak_drawn_at_random_is_refused(tiny, number):
-    draw = random.Random(SEED + number)
-    start = draw.randrange(22)
-    bonus, ahead = draw.choice(((0.05, 1), (0.5, 1), (5, 1), (5, 2)))  # two ahead, less is worth nothing
-    places = slice(start, draw.randrange(start + 5, 37))
-    print(f"seed {SEED + number}: {bonus} nats at {places}, {ahead} ahead")
-    refused(leaky(bonus, places, ahead), tiny, "sees the future")
 
 
 def test_what_the_probes_say_a_leak_is_worth_is_what_it_gains(tiny, monkeypatch):
