@@ -420,14 +420,6 @@ def test_honest_models_of_train_py_pass(tiny, dtype, batch_size, pattern, option
         assert_scored(model, tiny, (batch_size,), prepare.LEAK_NATS / 500)
 
 
-def test_an_exam_of_document_starts_alone_is_refused_when_it_is_packed(tiny, monkeypatch):
-    bos = tiny.get_bos_token_id()
-    for text in [], [np.array([bos])] * 5000:
-        monkeypatch.setattr(prepare, "read_documents", lambda *given, text=text: iter(text))
-        with pytest.raises(prepare.Failure, match="the val text of tiny is too short"):
-            list(prepare._pack_exam(TINY, "val", bos))
-
-
 @pytest.fixture
 def long_exam(tmp_path, monkeypatch):
     """A contract with the context of climbmix and an exam of 64 rows; returns its tokenizer."""
