@@ -154,24 +154,18 @@ def test_a_parameter_in_no_group_or_in_two_and_an_unknown_kind_are_errors_that_n
         train.MuonAdamW([{"params": [torch.zeros(2, 2)], "kind": "sgd"}])
 
 
-def test_queries_that_are_not_whole_heads_are_stepped_as_one_matrix():
-    model = train.GPT(CONFIG)
-    model.h[0].attn.c_q = torch.nn.Linear(64, 64 + 3, bias=False)
-    (group,) = [g for g in train.parameter_groups(model) if model.h[0].attn.c_q.weight in set(g["params"])]
-    assert group["kind"] == "muon" and group["heads"] == 1
-
-
-def test_what_is_no_matrix_in_a_block_trains_with_adamw_and_a_table_there_as_tables_do():
+def test_in_a_block_no_matrix_trains_with_adamw_a_table_as_tables_do_and_queries_of_no_whole_heads_as_one_matrix():
     model = train.GPT(CONFIG)
     model.h[1].gain, model.h[3].mlp.c_fc = torch.nn.RMSNorm(64), torch.nn.Linear(64, 256)
     model.h[2].scale, model.h[1].table = torch.nn.Parameter(torch.tensor(0.5)), torch.nn.Embedding(50, 64)
+    model.h[0].attn.c_q = torch.nn.Linear(64, 64 + 3, bias=False)
     new = [model.h[1].gain.weight, model.h[2].scale, model.h[3].mlp.c_fc.bias]
     before = [p.detach().clone() for p in new]
     groups = train.parameter_groups(model)
-    group, table, wte = (next(g for g in groups if set(g["params"]) == set(params))
-                         for params in (new, [model.h[1].table.weight], [model.wte.weight]))
+    group, table, wte, queries = (next(g for g in groups if set(g["params"]) == set(params)) for params in (
+        new, [model.h[1].table.weight], [model.wte.weight], [model.h[0].attn.c_q.weight]))
     assert (group["kind"], group["lr"], group["weight_decay"]) == ("adamw", train.RESID_LR, 0)
-    assert (table["kind"], table["lr"]) == ("adamw", wte["lr"])
+    assert (table["kind"], table["lr"]) == ("adamw", wte["lr"]) and (queries["kind"], queries["heads"]) == ("muon", 1)
     sum(p.sum() for p in new).backward()
     train.MuonAdamW(groups).step()
     for p, old in zip(new, before):  # the first step of AdamW moves by lr against the sign
