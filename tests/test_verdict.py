@@ -124,6 +124,8 @@ def test_missing_evidence_is_named(monkeypatch):
     assert night.verdict() == night.verdict(1.0) == "baseline: 1 more run of basebas: SEED=43"
     Path("runs.jsonl").unlink(), Path("results.tsv").unlink()
     assert night.verdict() == "run SEED=42 (runs.jsonl has no such run of newnewn as committed, on the split val)"
+    night.run("newnewn", 1337, 1.4)
+    assert night.verdict().endswith("on the split val; it has seeds [1337]: does train.py set one?)")
 
 
 def test_other_contracts_splits_edited_files_second_exams_broken_lines_and_earlier_sessions_do_not_count(night):
@@ -156,11 +158,6 @@ def test_rows_count_however_a_hand_wrote_hash_status_and_baseline(night, row):
         Path("results.tsv").write_bytes(odd)
         with pytest.raises(prepare.Failure, match="tabs between them"):
             prepare.verdict()
-
-
-def test_a_run_of_other_seeds_alone_is_said(night):
-    night.run("newnewn", 1337, 1.4)
-    assert night.verdict().endswith("on the split val; it has seeds [1337]: does train.py set one?)")
 
 
 def test_what_git_does_not_know_is_said_and_tokens_nobody_counted_are_no_speed(night, monkeypatch):
