@@ -308,13 +308,6 @@ def test_a_bad_knob_ends_in_one_line_with_the_remedy_before_data_is_touched(knob
     assert message.startswith(f"FAIL: {knob} is {seen!r}") and remedy in message, message
 
 
-def test_a_knob_may_be_one_value_for_all_devices_or_one_for_each(steps, monkeypatch, capsys):
-    monkeypatch.setattr(train, "DEPTH", 4)
-    monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", {"cuda": 1, "mps": 2, "cpu": 16})
-    train.main()
-    assert summary_of(capsys.readouterr().out)["depth"] == "4" and steps[0][1] == [(16, 32)]
-
-
 @pytest.mark.parametrize("add, words", [
     (lambda module: setattr(module, "gain", nn.Parameter(torch.empty(3))), "left as torch.empty made it"),
     (lambda module: module.register_buffer("gain", torch.empty(3), persistent=False), "left as torch.empty made it"),
