@@ -571,18 +571,6 @@ def hasty(tiny, monkeypatch):
     return loader, lambda act: prepare.evaluate_bpb(counting(act), tiny, 4)
 
 
-def test_a_run_that_is_killed_or_crashes_in_the_exam_leaves_no_line(hasty, forked):
-    loader, score = hasty
-
-    def job(end):
-        next(loader)
-        score(lambda call: call == 15 and (os.write(1, b"deep in the exam"), end()))
-
-    codes, out, err = forked(lambda: job(lambda: os.kill(os.getpid(), 9)), lambda: job(lambda: 1 / 0))
-    assert (codes, out) == ([-9, 1], "deep in the exam" * 2) and "ZeroDivisionError" in err
-    assert evidence() == []
-
-
 def test_two_processes_that_append_at_once_leave_whole_lines(tiny, forked, monkeypatch):
     monkeypatch.setattr(prepare, "fingerprint", str)  # no file to read: more lines in the same time
     begin = time.monotonic() + 1
