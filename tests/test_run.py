@@ -3,7 +3,6 @@
 import copy
 import functools
 import gc
-import hashlib
 import io
 import os
 import re
@@ -430,7 +429,6 @@ def test_one_command_from_any_folder_trains_and_leaves_evidence(demo, tmp_path):
     assert f"{line['bpb']:.6f}" == summary["val_bpb"]
     assert line["contract"] == summary["contract"] and line["device"] == summary["device"]
     assert (line["script"], line["dirty"]) == ("train.py", False) and line["commit"]
-    assert line["train_sha256"] == hashlib.sha256((clone / "train.py").read_bytes()).hexdigest()
     assert line["tokens"] == int(summary["num_steps"]) * train.TOTAL_BATCH_SIZE["cpu"]
     assert float(summary["training_seconds"]) <= line["seconds"] <= float(summary["total_seconds"]) + 1
 
