@@ -30,15 +30,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(
-    prepare.CONTRACTS["climbmix"],
-    name="tiny",
-    train_files=3,
-    val=("shard_00004.parquet", 0, None),
-    test=("shard_00003.parquet", 0, None),
-    vocab_size=400,
-    max_seq_len=32,
-    time_budget=1.0,
-    eval_tokens=64 * 32,
+    prepare.CONTRACTS["climbmix"], name="tiny", train_files=3,
+    val=("shard_00004.parquet", 0, None), test=("shard_00003.parquet", 0, None),
+    vocab_size=400, max_seq_len=32, time_budget=1.0, eval_tokens=64 * 32,
 )
 
 

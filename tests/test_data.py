@@ -259,10 +259,8 @@ def test_text_in_the_place_of_other_text_is_packed_anew_however_old_its_file_is(
     assert state_of(cache) == good
 
 
-STRINGS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
-
-
-@pytest.mark.parametrize("kind", STRINGS, ids=str)
+@pytest.mark.parametrize("kind", [
+    pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
 def test_shards_put_there_by_hand_are_read_without_a_network_whatever_strings_they_hold(kind, command, cache, shards):
     body = parquet(pa.array(some_texts(1)).cast(kind))
     put(cache, shards | {SHARDS[1]: body})
