@@ -101,7 +101,7 @@ def test_the_notebook_survives(name, execute, tmp_path):
     assert (tmp_path / "progress.png").is_file() == bool(scored)
 
 
-REAL = {  # what people's logs are like: (file, what columns of `runs` hold, what is said)
+REAL = {  # what people's logs are like: (file, what columns of `runs` hold, what is said[, runs.jsonl])
     "blank commits are runs of their own": (
         short("a 1.50 keep baseline", "- 1.40 keep x", "n/a 1.60 discard y", "- 1.30 keep z"),
         {"best": [1.5, 1.4, 1.4, 1.3]}, "Best: run 4, val_bpb 1.300000 (n = 1): z"),
@@ -120,6 +120,10 @@ REAL = {  # what people's logs are like: (file, what columns of `runs` hold, wha
     "a baseline of what was kept": (
         short("a 1.50 keep baseline", "b 1.20 keep x", "b 1.21 keep baseline", "b 1.22 keep baseline, seed 43"),
         {"segment": [1, 1, 2, 2], "best": [1.5, 1.2, 1.21, 1.215], "noise": [NAN, NAN, 0.01, 0.01]}, "Runs 3 to 4,"),
+    "another baseline commit right after the first": (
+        short(*(f"{run} keep baseline" for run in ("a 1.9", "a 1.91", "b 1.6", "b 1.61")), "c 1.55 keep x"),
+        {"segment": [1, 1, 2, 2, 2]}, "Total gain: 0.055000, 3.43% of the baseline's mean 1.605000",
+        "\n".join(line(c, bpb, device="cpu") for c, bpb in zip("aabbc", (1.9, 1.91, 1.6, 1.61, 1.55)))),
     "the baseline once more": (
         short("a 1.5 keep baseline", "b 1.2 keep x", "a 1.5 keep baseline again", "c 1.1 keep baseline + wider"),
         {"segment": [1] * 4, "gain": [NAN, 0.3, NAN, 0.1]}, "(n = 2)"),
@@ -146,8 +150,8 @@ REAL = {  # what people's logs are like: (file, what columns of `runs` hold, wha
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_notebook_is_right_on_what_people_have(name, execute, capsys):
-    content, columns, said = REAL[name]
-    names = execute(content)
+    content, columns, said, *evidence = REAL[name]
+    names = execute(content, *evidence)
     for column, values in columns.items():
         values = pytest.approx(values, nan_ok=True) if column in ("best", "gain", "noise") else values
         assert names["runs"][column].tolist() == values, column
@@ -156,14 +160,6 @@ def test_the_notebook_is_right_on_what_people_have(name, execute, capsys):
 
 SEEDS = [*(("a", bpb, seed, "baseline") for bpb, seed in ((1.5, 42), (1.6, 43), (1.504, 42), (1.598, 43))),
          ("b", 1.490, 42, "wider"), ("b", 1.593, 43, "wider"), ("c", 1.489, 42, "deeper")]
-
-
-def test_another_baseline_commit_right_after_the_first_begins_a_segment_and_is_no_gain(execute, capsys):
-    scores = [("aaaaaaa", 1.9), ("aaaaaaa", 1.91), ("bbbbbbb", 1.6), ("bbbbbbb", 1.61), ("ccccccc", 1.55)]
-    rows = [f"{commit} {bpb} keep {'idea' if commit == 'ccccccc' else 'baseline'}" for commit, bpb in scores]
-    lines = "\n".join(line(commit, bpb, seed=42, contract="demo-1", device="cpu") for commit, bpb in scores)
-    assert execute(short(*rows), lines)["runs"]["segment"].tolist() == [1, 1, 2, 2, 2]
-    assert "Total gain: 0.055000, 3.43% of the baseline's mean 1.605000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["runs.jsonl", "descriptions"])
