@@ -12,23 +12,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from prepare import EVAL_TOKENS, MAX_SEQ_LEN, TIME_BUDGET, Tokenizer, evaluate_bpb, get_token_bytes, make_dataloader
 
-DEVICE_BATCH_SIZE, WIDTH = 16, 64
+DEVICE_BATCH_SIZE = 16
 device = torch.device("cpu")
 torch.manual_seed(42)
 
 
-class Model(nn.Module):
-    def __init__(self, vocab_size):
-        super().__init__()
-        self.wte = nn.Embedding(vocab_size, WIDTH)
-        self.gru = nn.GRU(WIDTH, WIDTH, batch_first=True)
-        self.lm_head = nn.Linear(WIDTH, vocab_size, bias=False)
-
+class Model(nn.Embedding):
     def forward(self, idx, targets=None, reduction="mean"):
-        logits = self.lm_head(self.gru(self.wte(idx))[0])
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), reduction=reduction)
+        logits = super().forward(idx)
+        return logits if targets is None else F.cross_entropy(logits.mT, targets, reduction=reduction)
 
 
 tokenizer = Tokenizer.from_directory()
@@ -39,8 +31,8 @@ assert get_token_bytes(device).shape == (vocab_size,) and EVAL_TOKENS > 0
 assert torch.equal(get_token_bytes(device), tokenizer.get_token_bytes(device))
 train_loader = make_dataloader(tokenizer, DEVICE_BATCH_SIZE, MAX_SEQ_LEN, "train")
 x, y, epoch = next(train_loader)  # the first batch is drawn ahead
-model = Model(vocab_size)
-optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+model = Model(vocab_size, vocab_size)  # what follows each token
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
 start = time.time()
 while time.time() - start < TIME_BUDGET:
     loss = model(x, y)
