@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import io
+import itertools
 import os
 import re
 import runpy
@@ -224,36 +225,28 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_losses_are_those_of_half(wh
     assert all(shapes == [(4, 32)] * 4 for _, shapes in from_the_start)
 
 
-@pytest.mark.parametrize("rows, words", [(0, "out of memory"), (15, "mat1 and mat2 shapes")])
-def test_one_row_that_does_not_fit_and_any_other_error_end_the_run(rows, words, small, monkeypatch, capsys):
-    """On the way to one row an odd batch shrinks to what divides the tokens per step."""
-    def refuse(model, optimizer, batches):
-        other = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-        raise OUT_OF_MEMORY if len(batches[0][0]) > rows else other
+OTHER = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+TO_ONE_ROW = [("5", "3"), ("1", "15")]  # an odd batch shrinks to what divides the tokens per step
 
-    monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 15)
-    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 15 * 32)
-    watch_steps(monkeypatch, small, before=refuse)
-    with pytest.raises(RuntimeError, match=words):
+
+@pytest.mark.parametrize("where, fits, error, sizes", [
+    ("train_step", 0, OUT_OF_MEMORY, TO_ONE_ROW), ("build", 0, OUT_OF_MEMORY, TO_ONE_ROW),
+    ("build", 1, OUT_OF_MEMORY, []), ("train_step", 0, OTHER, [])])
+def test_one_row_that_does_not_fit_a_model_that_does_not_behind_warm_up_and_any_other_error_end_the_run(
+        where, fits, error, sizes, small, monkeypatch, capsys):
+    real, calls = getattr(train, where), itertools.count()
+
+    def fails(*arguments):
+        if next(calls) >= fits:
+            raise error
+        return real(*arguments)
+
+    for name, value in {where: fails, "DEVICE_BATCH_SIZE": 15, "TOTAL_BATCH_SIZE": 15 * 32}.items():
+        monkeypatch.setattr(train, name, value)
+    with pytest.raises(RuntimeError) as raised:
         train.main()
-    sizes = re.findall(r"DEVICE_BATCH_SIZE is (\d+), with (\d+) batches", capsys.readouterr().out)
-    assert sizes == ([("5", "3"), ("1", "15")] if rows == 0 else [])
-
-
-@pytest.mark.parametrize("fits", [0, 1])
-def test_a_model_that_does_not_fit_in_warm_up_or_behind_it_ends_the_run(fits, small, monkeypatch):
-    build, built = train.build, []
-
-    def full(*arguments):
-        built.append(arguments)
-        if len(built) > fits:
-            raise OUT_OF_MEMORY
-        return build(*arguments)
-
-    monkeypatch.setattr(train, "build", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        train.main()
-    assert len(built) == (2 if fits else 4)  # 8, 4, 2 and 1 rows
+    assert raised.value is error and next(calls) == fits + 1 + len(sizes)
+    assert re.findall(r"DEVICE_BATCH_SIZE is (\d+), with (\d+) batches", capsys.readouterr().out) == sizes
 
 
 @pytest.mark.parametrize("seconds, expected", [(0.5, 4), (0.52, 4), (0.98, 3), (1.02, 2), (10.0, 1)])
