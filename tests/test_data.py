@@ -405,23 +405,20 @@ def test_the_tokenizer_is_trained_on_the_first_characters_in_shard_order_each_do
     assert ranks == {bytes(token): rank for token, rank in oracle.get_mergeable_ranks()}
 
 
-def test_the_number_of_shards_changes_the_fingerprint_only_if_too_few_trained_the_tokenizer(
-        hub, command, cache, monkeypatch, tmp_path):
+def test_the_number_of_shards_is_remembered_and_changes_the_fingerprint_only_if_too_few_trained_the_tokenizer(
+        hub, command, monkeypatch, tmp_path):
     monkeypatch.setitem(prepare.CONTRACTS, "climbmix", LIMITED)
     prints, notes = [], []
-    for folder, count in ("one", "2"), ("one", "3"), ("other", "1"), ("other", "3"), ("other", "2"):
+    for folder, number, there in (("one", "2", 2), ("one", None, 2), ("one", "-1", 3),  # all that exist
+                                  ("other", "1", 1), ("other", "3", 3), ("other", "2", 3)):
         monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / folder))
-        notes.append(bool(re.search("(?s)note: .*fingerprint", command("--num-shards", count))))
+        said = command(*(["--num-shards", number] if number else []))
+        notes.append(bool(re.search("(?s)note: .*fingerprint", said)))
         prints.append(prepare.fingerprint(LIMITED))
-    assert notes[:3] == [False, False, True]
-    assert prints[0] == prints[1] != prints[2] == prints[3] == prints[4]
-
-
-def test_num_shards_is_remembered_and_minus_one_means_all(hub, command, cache):
-    for arguments, last in (["--num-shards", "1"], 1), ([], 1), (["--num-shards", "-1"], 3):
-        command(*arguments)
-        there = sorted(path.name for path in (cache / "parquet").iterdir())
-        assert there == [*SHARDS[:last], *SHARDS[3:]]
+        names = {path.name for path in (LIMITED.folder / "parquet").iterdir()}
+        assert names == {*SHARDS[:there], *SHARDS[3:]}
+    assert notes[:4] == [False, False, False, True]
+    assert prints[0] == prints[1] == prints[2] != prints[3] == prints[4] == prints[5]
 
 
 def test_every_document_is_in_the_cache_once_in_order_as_tiktoken_encodes_it(hub, command, cache):
