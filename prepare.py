@@ -1064,7 +1064,7 @@ def verdict() -> str:
     elif added - removed >= 20:  # much code has to gain more
         limit = -noise
     if memory > free:  # a bigger table always buys a little
-        sure = worth = -10 * noise
+        sure = worth = limit = -10 * noise
     if head == best:
         word = "this is the best commit; go on with the next idea"
     elif change[0] >= worth or late:

@@ -103,6 +103,9 @@ def test_a_gain_of_a_run_that_trained_more_has_to_hold_under_the_other_seed(nigh
     assert night.verdict(1.40, tokens=10_600) == "run SEED=43"
     assert "tokens trained: +6.0%, equal runs differ by 0.0%: FASTER" in prepare.verdict()
     assert night.verdict(1.40, 1.69, tokens=10_600) == "discard"
+    for seed, bpb in (42, 1.20), (43, 1.50):  # too much memory: by ten times the noise, in the mean as well
+        night.run("another", seed, bpb, tokens=10_600, memory=2100)
+    assert night.verdict() == "discard"
 
 
 def test_a_run_that_trained_for_longer_than_the_baseline_is_discarded_and_says_why(monkeypatch):
