@@ -112,12 +112,12 @@ def test_the_window_pattern_is_tiled_the_last_layer_sees_all_and_other_letters_a
 
 
 def test_width_kv_heads_and_value_embeddings_follow_from_the_knobs(monkeypatch):
-    sizes = ((8, 64, 128), (9, 71, 128), (1, 1, 64), (3, 64, 64))
-    assert [train.model_width(*size) for size in sizes] == [512, 640, 64, 192]  # whole heads
     alternate = [[0], [1], [0, 2, 4], [1, 3, 5]]
     assert [[i for i in range(n) if train.has_ve(i, n)] for n in (1, 2, 5, 6)] == alternate
-    for name, value in {"DEPTH": 3, "ASPECT_RATIO": 128, "HEAD_DIM": 64}.items():  # six heads
-        monkeypatch.setattr(train, name, value)
+    for *size, width in (8, 64, 128, 512), (9, 71, 128, 640), (1, 1, 64, 64), (3, 128, 64, 384):  # whole heads
+        for name, value in zip(("DEPTH", "ASPECT_RATIO", "HEAD_DIM"), size):
+            monkeypatch.setattr(train, name, value)
+        assert train.sizes("cpu", 32, 50)[0].n_embd == width
     for heads_per_kv_head, n_kv_head in ((1, 6), (2, 3), (6, 1)):
         monkeypatch.setattr(train, "HEADS_PER_KV_HEAD", heads_per_kv_head)
         assert train.sizes("cpu", 32, 50)[0].n_kv_head == n_kv_head

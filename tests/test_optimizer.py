@@ -159,7 +159,8 @@ def test_in_a_block_no_matrix_trains_with_adamw_a_table_as_tables_do_and_queries
     model.h[1].gain, model.h[3].mlp.c_fc = torch.nn.RMSNorm(64), torch.nn.Linear(64, 256)
     model.h[2].scale, model.h[1].table = torch.nn.Parameter(torch.tensor(0.5)), torch.nn.Embedding(50, 64)
     model.h[0].attn.c_q = torch.nn.Linear(64, 64 + 3, bias=False)
-    new = [model.h[1].gain.weight, model.h[2].scale, model.h[3].mlp.c_fc.bias]
+    model.h[0].attn.c_k.scale = torch.nn.Parameter(torch.tensor(0.5))
+    new = [model.h[0].attn.c_k.scale, model.h[1].gain.weight, model.h[2].scale, model.h[3].mlp.c_fc.bias]
     before = [p.detach().clone() for p in new]
     groups = train.parameter_groups(model)
     group, table, wte, queries = (next(g for g in groups if set(g["params"]) == set(params)) for params in (

@@ -111,7 +111,8 @@ def test_a_run_says_what_it_does_prints_the_summary_and_leaves_one_line_of_evide
 
 
 @pytest.mark.parametrize("name, known", [
-    ("NVIDIA A100-SXM4-80GB", True), ("NVIDIA RTX A1000 Laptop GPU", False)])
+    ("NVIDIA A100-SXM4-80GB", True), ("NVIDIA RTX A1000 Laptop GPU", False), ("NVIDIA RTX 4090 D", False),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", False), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", False)])
 def test_the_test_split_prints_no_val_bpb_and_no_mfu_of_an_unknown_device(name, known, steps, monkeypatch, capsys):
     monkeypatch.setenv("AUTORESEARCH_SPLIT", "test")
     monkeypatch.setattr(prepare, "device_name", lambda device: name)
@@ -253,15 +254,18 @@ def test_one_row_that_does_not_fit_a_model_that_does_not_behind_warm_up_and_any_
 def test_the_budget_ends_with_the_step_in_which_it_runs_out(seconds, expected, small, monkeypatch, capsys):
     """Budget 2 s, fake clock: the last step begins in time, and overshoots by less than its duration."""
     monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "2")
+    monkeypatch.setattr(train, "NEXT_BUT_ONE", 0.5)
     forget()
-    progress, real = [], train.set_schedules
+    progress, real, next_but_one = [], train.set_schedules, []
     monkeypatch.setattr(train, "set_schedules", lambda *given: (progress.append(given[2]), real(*given)))
-    seen = watch_steps(monkeypatch, small, seconds=seconds)
+    watch = lambda model, *_: next_but_one.append(model.next_but_one.item())  # noqa: E731
+    seen = watch_steps(monkeypatch, small, seconds=seconds, before=watch)
     train.main()
     summary = summary_of(capsys.readouterr().out)
     assert int(summary["num_steps"]) == len(seen) == expected
     assert float(summary["training_seconds"]) == pytest.approx(expected * seconds, abs=0.051)
     assert progress == pytest.approx([step * seconds / 2 for step in range(expected)])
+    assert next_but_one[train.WARMUP_STEPS :] == pytest.approx([max(0, 0.5 - at) for at in progress])
 
 
 @pytest.mark.parametrize("loss, shown", [(float("nan"), "nan"), (float("inf"), "inf"), (100.5, "100.5")])
@@ -278,7 +282,7 @@ def test_a_diverged_run_ends_at_once_with_the_loss_and_the_step(loss, shown, ste
     ("DEPTH", 0, "at least 1"), ("DEPTH", {"cpu": 2.5}, "a whole number"),
     ("HEAD_DIM", 63, "a multiple of 4"), ("HEADS_PER_KV_HEAD", 3, "a divisor of the 2 heads"),
     ("BIGRAM_ROWS", -1, "at least 0"), ("SHORT_WINDOW", -1, "at least 0"),
-    ("SHIFTED_CHANNELS", 33, "at most the width, 32"),
+    ("SHIFTED_CHANNELS", 33, "at most the width, 32"), ("GATE_CHANNELS", 33, "1 to 32"),
     ("SOFTCAP", None, "at most 79"), ("SOFTCAP", 100, "at most 79"),
     ("EMBEDDING_LR", {"cuda": 0.9}, "a value for 'cpu' too"),
     ("ADAM_BETAS", 0.9, "a pair"), ("MUON_MOMENTUM", (0.9,), "a pair"),
