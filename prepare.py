@@ -1080,6 +1080,9 @@ def verdict() -> str:
     note = f"note: {head} evaluates more than once; the first score of a run counts\n" * again
     note += f"note: {head} trained for {took:g} s, the baseline for {budget:g} s\n" * late
     speed = ": SLOWER" if min(tokens) < -apart else ": FASTER" if faster else ""
+    note += "note: if the change does not explain that speed, it is a `slow machine`\n" * bool(speed)
+    note += ("note: equal runs differ much: stop what else runs here or, on CPU cores, export "
+             "OMP_WAIT_POLICY=PASSIVE; then a new baseline\n") * (jitter > 0.1)
     return f"""best {best}: SEED=42 {of(best, 42)}, SEED=43 {of(best, 43)}
 HEAD {head}: SEED=42 {of(head, 42)}, SEED=43 {of(head, 43)}
 noise: {noise:.6f}, 1.5 x the largest difference between equal runs (n = {len(equal)})

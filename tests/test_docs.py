@@ -337,7 +337,7 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
     slow, first = head(), slow
     assert slow != first
     do("tried/$(git")
-    shell(inline("git commit --only --allow-empty"), folder, env)
+    shell(inline("git commit -q --only --allow-empty"), folder, env)
     shell(inline("git cherry-pick").replace("HASH", slow), folder, env)
     assert train_py.read_text().endswith("# slow\n")
 

@@ -86,6 +86,7 @@ def test_what_was_scored_before_the_baseline_is_neither_judged_nor_best(monkeypa
 
 
 def test_the_figures_and_equal_runs_that_raise_the_noise(night):
+    assert "note: " not in prepare.verdict()
     night.run("basebas", 42, 1.48, tokens=9_900)  # 1.52 before: noise is now 0.06, the mean 1.50
     night.verdict(1.485, 1.55, memory=1500, tokens=9_000)
     assert prepare.verdict() == """best basebas: SEED=42 [1.5, 1.52, 1.48], SEED=43 [1.58, 1.58]
@@ -95,7 +96,13 @@ HEAD - best: -0.015000, -0.030000, mean -0.022500
 limits: below -0.060000 keep, below +0.000000 run the other seed, then keep a mean below -0.020000
 lines of code: +0 -0; memory: 1500 MB, free up to 2000 MB
 tokens trained: -9.7%, -10.0%, equal runs differ by 1.0%: SLOWER
+note: if the change does not explain that speed, it is a `slow machine`
 verdict: keep"""
+
+
+def test_baselines_that_the_machine_drove_apart_are_to_be_measured_again(night):
+    night.run("basebas", 43, 1.58, tokens=8_900)
+    assert "note: equal runs differ much: stop what else runs here" in prepare.verdict()
 
 
 def test_a_gain_of_a_run_that_trained_more_has_to_hold_under_the_other_seed(night):
