@@ -805,7 +805,7 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
     batches = [batch.to(device) for batch in batches]
     modes = {part: part.training for part in module.modules()}
     try:
-        module.eval()  # a model's own, too: it may put averaged weights in, and train() take them out
+        module.eval()  # its own, too: it may put averaged weights in, and train() take them out
         nll = [_nll(model, batch[:, :-1], batch[:, 1:], len(token_bytes)) for batch in batches]
         for what, moved, weights in _probes(model, batches, nll, token_bytes, cuts, halvings):
             moved, weights = moved.cpu().double(), weights.cpu()
@@ -1080,9 +1080,11 @@ def verdict() -> str:
     note = f"note: {head} evaluates more than once; the first score of a run counts\n" * again
     note += f"note: {head} trained for {took:g} s, the baseline for {budget:g} s\n" * late
     speed = ": SLOWER" if min(tokens) < -apart else ": FASTER" if faster else ""
-    note += "note: if the change does not explain that speed, it is a `slow machine`\n" * bool(speed)
-    note += ("note: equal runs differ much: stop what else runs here or, on CPU cores, export "
-             "OMP_WAIT_POLICY=PASSIVE; then a new baseline\n") * (jitter > 0.1)
+    if speed:
+        note += "note: if the change does not explain that speed, it is a `slow machine`\n"
+    if jitter > 0.1:
+        note += ("note: equal runs differ much: stop what else runs here or, on CPU cores, give "
+                 "every run OMP_WAIT_POLICY=PASSIVE; then, once, a new baseline\n")
     return f"""best {best}: SEED=42 {of(best, 42)}, SEED=43 {of(best, 43)}
 HEAD {head}: SEED=42 {of(head, 42)}, SEED=43 {of(head, 43)}
 noise: {noise:.6f}, 1.5 x the largest difference between equal runs (n = {len(equal)})
