@@ -68,7 +68,7 @@ WINDOW_PATTERN = {"cuda": "SSL", "mps": "L", "cpu": "L"}  # tiled over the layer
 # Channels that attention and MLP read a position late: 0.02 better in the demo (n = 5), 0.004
 # worse on an H200 (n = 2)
 SHIFTED_CHANNELS = {"cuda": 0, "mps": 0, "cpu": 32}
-BIGRAM_ROWS = {"cuda": 2**21, "mps": 2**17, "cpu": 2**17}  # of each of two hashed tables; 0: none
+BIGRAM_ROWS = {"cuda": 2**21, "mps": 2**17, "cpu": 2**17}  # of hashed tables, per n; 0: none
 COMPILE = {"cuda": True, "mps": False, "cpu": False}  # a CPU needs a C++ compiler, and minutes
 
 # Model. Values: those that the published design's agent found overnight, then our own
@@ -88,7 +88,7 @@ MUON_BETA2 = 0.95
 MUON_WEIGHT_DECAY = 0.2  # falls linearly to 0
 # Of token and value embeddings, at width 768; in the demo 0.3 gained 0.019 over 0.9 (n = 3)
 EMBEDDING_LR = {"cuda": 0.6, "mps": 0.6, "cpu": 0.3}
-BIGRAM_LR = 0.15  # of both bigram tables, at width 768
+BIGRAM_LR = 0.15  # of the hashed tables, at width 768
 UNEMBEDDING_LR = 0.005  # at width 768
 # Of the x0 lambdas. In the demo one noisy first step at 0.5 throws some seeds off for good
 X0_LR = {"cuda": 0.5, "mps": 0.5, "cpu": 0.05}
@@ -96,9 +96,9 @@ RESID_LR = 0.005  # resid lambdas, and whatever in a block is no matrix
 ADAM_BETAS = (0.8, 0.99)
 BIGRAM_BETA2 = 0.99  # of rows_step
 ADAM_EPS = 1e-10
-ROWS_DECAY_STEPS = 32  # from one weight decay of the bigram tables to the next
+ROWS_DECAY_STEPS = 32  # from one weight decay of the hashed tables to the next
 COMPILED_FROM = 2**14  # elements; to compile Muon's step of fewer takes a second for nothing
-WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.01, "bigram": 0.02}
+WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.01, "ngrams": 0.02}
 
 # Schedule
 WARMDOWN_RATIO = 0.9  # share of TIME_BUDGET
@@ -280,9 +280,12 @@ def shift(x, count):
     return torch.cat([x[..., :-count], F.pad(x[:, :-1, -count:], (0, 0, 1, 0))], dim=-1)
 
 
-def bigram_hash(idx, rows):
-    """Row of each position's (previous token, token) pair in a table: int64 (B, T) below `rows`."""
-    return (F.pad(idx[:, :-1], (1, 0)) * 1_000_003 + idx * 92_821) % rows
+def ngram_hash(idx, n, rows):
+    """Row of each position's last n tokens in a table of `rows`: int64 (B, T) for idx (B, T)."""
+    seen = idx
+    for back in range(1, n):
+        seen = (seen * 1_000_003 + F.pad(idx, (back, 0))[:, :idx.size(1)]) % 2_147_483_647
+    return seen % rows
 
 
 def gate(linear, x):
@@ -361,8 +364,9 @@ class GPT(nn.Module):
         table = functools.partial(nn.Embedding, dtype=config.table_dtype)
         self.wte = table(config.vocab_size, n_embd)
         rows = config.bigram_rows
-        # A step reads few of their rows: sparse gradients, and a spare last row for rows_step
-        self.bigram = table(rows + 1, n_embd, sparse=True) if rows else None
+        # A step reads few of their rows: sparse gradients (so no clip_grad_norm_ or AdamW for them),
+        # and a spare last row for rows_step. Bigrams give half of the channels, trigrams the others
+        self.ngrams = table(2 * rows + 1, n_embd // 2, sparse=True) if rows else None
         self.bigram_value_embeds = table(rows + 1, kv_dim, sparse=True) if rows else None
         self.value_embeds = nn.ModuleList(table(config.vocab_size, kv_dim)
                                           for i in range(n_layer) if has_ve(i, n_layer))
@@ -384,13 +388,13 @@ class GPT(nn.Module):
                 p.normal_(0, 0.001)
             elif path[-1] in ("c_q", "c_k", "c_v", "c_fc", "value_embeds"):
                 p.uniform_(-bound, bound)
-            elif path[-1] in ("c_proj", "ve_gate", "attn_gate", "bigram", "bigram_value_embeds"):
+            elif path[-1] in ("c_proj", "ve_gate", "attn_gate", "ngrams", "bigram_value_embeds"):
                 p.zero_()
 
-    def embed(self, idx, bigram, bigram_value):
-        """idx (B, T), bigram (B, T, C) or 0, bigram_value (B, T, Hkv * D) or 0 -> x0, all ve."""
+    def embed(self, idx, ngrams, bigram_value):
+        """idx (B, T), ngrams (B, T, C) or 0, bigram_value (B, T, Hkv * D) or 0 -> x0, all ve."""
         value_embeds = [table(idx) + bigram_value for table in self.value_embeds]
-        return norm(self.wte(idx) + bigram), value_embeds
+        return norm(self.wte(idx) + ngrams), value_embeds
 
     def head(self, x, targets):
         """x (B, T, C) -> logits (B, T, V) float32, or with targets (B, T) the mean loss.
@@ -415,11 +419,13 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         head_dim = self.config.n_embd // self.config.n_head
         cos, sin = precompute_rotary(idx.size(1), head_dim, idx.device)
-        bigram = bigram_value = 0
-        if self.bigram is not None:  # here, because compiled code makes no sparse gradients
-            rows = bigram_hash(idx, self.config.bigram_rows)
-            bigram, bigram_value = self.bigram(rows), self.bigram_value_embeds(rows)
-        x0, value_embeds = self.embed(idx, bigram, bigram_value)
+        ngrams = bigram_value = 0
+        if self.ngrams is not None:  # here, because compiled code makes no sparse gradients
+            rows = self.config.bigram_rows
+            bigrams, trigrams = ngram_hash(idx, 2, rows), ngram_hash(idx, 3, rows)
+            ngrams = self.ngrams(torch.stack([bigrams, rows + trigrams], dim=-1)).flatten(-2)
+            bigram_value = self.bigram_value_embeds(bigrams)
+        x0, value_embeds = self.embed(idx, ngrams, bigram_value)
         x = x0.clone()  # where x is x0, the first block would be compiled once more
         for i, (block, *lambdas) in enumerate(zip(self.h, self.resid_lambdas, self.x0_lambdas)):
             ve = value_embeds.pop(0) if has_ve(i, self.config.n_layer) else None
@@ -604,10 +610,10 @@ def parameter_groups(model):
         adamw([model.resid_lambdas], RESID_LR),
         adamw([model.x0_lambdas], knob("X0_LR", device_type)),
     ]
-    if model.bigram is not None:
-        tables = [t.weight for t in (model.bigram, model.bigram_value_embeds) if t.sparse]
+    if model.ngrams is not None:
+        tables = [t.weight for t in (model.ngrams, model.bigram_value_embeds) if t.sparse]
         groups.append({"kind": "rows", "params": tables, "lr": knob("BIGRAM_LR", device_type) * scale,
-                       "beta2": BIGRAM_BETA2, "eps": ADAM_EPS, "weight_decay": WEIGHT_DECAY["bigram"]})
+                       "beta2": BIGRAM_BETA2, "eps": ADAM_EPS, "weight_decay": WEIGHT_DECAY["ngrams"]})
     # The blocks, with whatever an edit puts there: tables, what is no matrix, matrices
     embeddings = {m.weight for m in model.h.modules() if isinstance(m, nn.Embedding)}
     groups.append(adamw(embeddings, embedding_lr, WEIGHT_DECAY["value_embeds"]))

@@ -149,9 +149,12 @@ def by_hand(model, idx):
     B, T = idx.shape
     config, weights = model.config, dict(model.named_parameters())
     D = config.n_embd // config.n_head
-    rows = train.bigram_hash(idx, config.bigram_rows) if config.bigram_rows else None
-    bigram = 0 if rows is None else weights["bigram.weight"][rows]
-    x = x0 = rms(weights["wte.weight"][idx] + bigram)
+    embedded = weights["wte.weight"][idx]
+    if config.bigram_rows:
+        rows, triples = (train.ngram_hash(idx, n, config.bigram_rows) for n in (2, 3))
+        table = weights["ngrams.weight"]
+        embedded = embedded + torch.cat([table[rows], table[config.bigram_rows + triples]], -1)
+    x = x0 = rms(embedded)
     pair = torch.arange(D // 2)
     speed = torch.where(pair < D // 4, train.ROPE_BASE ** -(pair / (D // 4)), 0)
     turn = torch.polar(torch.ones(()), -torch.arange(T)[:, None] * speed)[None, :, None, :]
@@ -169,7 +172,7 @@ def by_hand(model, idx):
         if i in (1, 3):  # of four
             gate = 2 * torch.sigmoid(first @ layer["attn.ve_gate.weight"].T)
             ve = weights[f"value_embeds.{i // 2}.weight"][idx]
-            if rows is not None:
+            if config.bigram_rows:
                 ve = ve + weights["bigram_value_embeds.weight"][rows]
             v = v + gate[..., None] * ve.view(B, T, -1, D)
         q, k = train.Q_SCALE * rms(q), rms(k)
@@ -257,18 +260,20 @@ def test_a_model_left_in_eval_mode_still_trains_all_its_weights():
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-def test_the_bigram_hash_sees_a_token_and_the_one_before_it_and_spreads_their_pairs():
-    idx = some_tokens(4, 200)
-    rows = train.bigram_hash(idx, 997)
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_hash_of_n_tokens_is_a_function_of_just_those_and_spreads_them(n):
+    idx = some_tokens(40, 200) % 8
+    rows = train.ngram_hash(idx, n, 997)
+    assert rows.dtype == torch.int64 and rows.min() >= 0 and rows.max() < 997
     tables = built(bigram_rows=997)
-    last = min(len(table.weight) for table in (tables.bigram, tables.bigram_value_embeds)) - 1
-    assert rows.dtype == torch.int64 and rows.min() >= 0 and rows.max() < 997 <= last  # which is rows_step's
-    before = F.pad(idx[:, :-1], (1, 0))
-    of_pair = {}
-    for *pair, row in torch.stack([before, idx, rows], -1).flatten(0, 1).tolist():
-        assert of_pair.setdefault(tuple(pair), row) == row  # a function of the pair
-    pairs = torch.cartesian_prod(torch.arange(100), torch.arange(100))
-    counts = train.bigram_hash(pairs, 997)[:, 1].bincount(minlength=997)
+    assert [len(t.weight) for t in (tables.ngrams, tables.bigram_value_embeds)] == [2 * 997 + 1, 998]  # a spare row
+    padded, of_tokens = F.pad(idx, (n - 1, 0)), {}
+    for *tokens, row in torch.cat([padded.unfold(1, n, 1), rows[..., None]], -1).flatten(0, 1).tolist():
+        assert of_tokens.setdefault(tuple(tokens), row) == row
+    for length in range(1, n + 1):  # a text's first tokens too
+        assert train.ngram_hash(idx[:, :length], n, 997).equal(rows[:, :length])
+    tokens = torch.cartesian_prod(*[torch.arange(100 if n == 2 else 22)] * n)
+    counts = train.ngram_hash(tokens, n, 997)[:, -1].bincount(minlength=997)
     assert counts.max() < 4 * 10_000 / 997  # four times an even spread
 
 
@@ -296,7 +301,7 @@ def test_init_weights_draws_each_kind_from_its_own_distribution():
     expected = {  # mean, standard deviation
         "wte": (0, 1), "lm_head": (0, 0.001), "resid_lambdas": (1, 0), "x0_lambdas": (train.X0_INIT, 0),
         **dict.fromkeys(uniforms, (0, bound / 3**0.5)),
-        **dict.fromkeys(("c_proj", "ve_gate", "attn_gate", "bigram", "bigram_value_embeds"), (0, 0)),
+        **dict.fromkeys(("c_proj", "ve_gate", "attn_gate", "ngrams", "bigram_value_embeds"), (0, 0)),
     }
     seen = set()
     for name, p in model.named_parameters():  # within five standard errors

@@ -321,7 +321,7 @@ def test_what_nobody_filled_and_views_are_named(add, words, small, monkeypatch):
 
 
 def test_a_model_that_sees_the_future_fails_in_warm_up(steps, monkeypatch):
-    monkeypatch.setattr(train, "bigram_hash", lambda idx, rows: (idx.roll(-1, 1) * 31 + idx) % rows)
+    monkeypatch.setattr(train, "ngram_hash", lambda idx, n, rows: (idx.roll(-1, 1) * 31 + idx) % rows)
     assert "sees the future" in failure()
     assert not steps
 
@@ -342,7 +342,7 @@ def test_a_run_completes_with_and_without_fast_bfloat16(dtype, small, monkeypatc
     output = capsys.readouterr().out
     assert float(summary_of(output)["val_bpb"]) < 8 and losses[-1][0] < losses[0][0] + 0.1
     assert f", {str(dtype).removeprefix('torch.')}\n" in output
-    tables = {name for name in seen if name.startswith(("wte", "bigram", "value_embeds"))}
+    tables = {name for name in seen if name.startswith(("wte", "ngrams", "bigram", "value_embeds"))}
     assert tables and all(seen[name] == (dtype if name in tables else torch.float32) for name in seen)
     assert dtypes == {dtype}  # float32: no bfloat16 anywhere, which such a CPU would emulate
 
