@@ -57,7 +57,7 @@ except ImportError as error:
 # --------------------------------------------------------------------------------------------------
 # Hyperparameters
 
-# Size. A knob may have a value per device type, or one for all
+# Size. Where `knob` reads it, a knob may have a value per device type instead of one for all
 DEPTH = {"cuda": 10, "mps": 4, "cpu": 3}  # layers: the one dial
 ASPECT_RATIO = {"cuda": 76, "mps": 64, "cpu": 42}  # n_embd / DEPTH, rounded up to whole heads
 HEAD_DIM = {"cuda": 128, "mps": 64, "cpu": 64}
@@ -549,6 +549,8 @@ class MuonAdamW(torch.optim.Optimizer):
         adamw = [group for group in self.param_groups if group["kind"] == "adamw"]
         # It gets these very groups, so that a changed option reaches it
         self.adamw = torch.optim.AdamW(adamw, fused=True) if adamw else None
+        if adamw:
+            self.adamw.state = self.state  # one record of what was stepped
 
     @torch.no_grad()
     def step(self):
@@ -834,6 +836,9 @@ def main():
             with autocast:
                 prepare.check_model(model, device_batch_size)
             fits = True
+            if idle := [name for name, p in model.named_parameters()
+                        if p.requires_grad and not optimizer.state.get(p)]:
+                print(f"note: no gradient reached {', '.join(idle)} in warm-up")
         except RuntimeError as error:
             if not prepare.is_out_of_memory(error) or device_batch_size == 1:
                 raise

@@ -5,6 +5,7 @@ The oracle of most tests is `good`: every byte of the cache that an undisturbed 
 
 import contextlib
 import dataclasses
+import errno
 import getpass
 import inspect
 import io
@@ -122,7 +123,8 @@ SILENT = dict(ranges=False, hashes=False, head=status(405))  # no server has to 
 
 
 @pytest.mark.parametrize("fault, server", [
-    ([status(500), status(503)], {}), ([status(429, Retry_After="1")], {}), ([acts.cut] * 4, {}),
+    ([status(500), status(520)], {}), ([status(429, Retry_After="1")], {}), ([acts.cut] * 4, {}),
+    ([status(408), status(503, Retry_After="86400")], {}),
     ([acts.cut] * 2, SILENT), ([acts.flip], {}), ([acts.stall], {}), ([acts.mute], {}),
     ([acts.web_page], {}), ([acts.cut, acts.flip, status(502)], {"ranges": False}),
     ([acts.cut, acts.wrong_range], {}), ([acts.cut, status(416)], {}),
@@ -247,6 +249,28 @@ def test_an_exam_that_lost_text_in_an_older_commit_is_packed_anew_though_sum_and
     assert "scores do not compare" in ends_well()
 
 
+@pytest.mark.parametrize("edit", [{"max_seq_len": 16}, {"vocab_size": 350}, {"eval_tokens": 32 * 8},
+                                  {"tokenizer_doc_chars": 50}], ids=lambda edit: next(iter(edit)))
+def test_after_an_edit_of_the_contracts_fields_the_cache_is_what_a_fresh_one_would_be(
+        edit, command, cache, shards, monkeypatch, tmp_path):
+    put(cache, shards)
+    command()
+    monkeypatch.setitem(prepare.CONTRACTS, "climbmix", dataclasses.replace(SMALL, **edit))
+    assert "scores do not compare" in command()
+    state, fingerprint = state_of(cache), prepare.fingerprint()
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "other"))
+    put(tmp_path / "other" / "climbmix", shards)
+    command()
+    assert (state_of(tmp_path / "other" / "climbmix"), prepare.fingerprint()) == (state, fingerprint)
+
+
+def test_without_a_text_to_train_on_no_tokenizer_is_left_behind(command, cache, shards, ends_well):
+    put(cache, shards | dict.fromkeys(SHARDS[:3], parquet(["", ""])))
+    assert re.search(f"FAIL: no text to train on .*{SHARDS[0]}", command(code=1))
+    put(cache, shards)
+    ends_well()
+
+
 def test_text_in_the_place_of_other_text_is_packed_anew_however_old_its_file_is(command, cache, shards, good):
     put(cache, shards)
     command()
@@ -281,6 +305,9 @@ def test_a_bad_shard_put_there_by_hand_is_named_and_never_overwritten(damage, hu
     put(cache, {SHARDS[1]: body})
     assert path.name in command(code=1) and path.read_bytes() == body
     path.unlink()
+    path.symlink_to(cache / "on a disk that is away")
+    assert path.name in command(code=1) and path.is_symlink()
+    path.unlink()
     ends_well()
 
 
@@ -310,6 +337,25 @@ def test_a_file_that_cannot_be_written_is_said_in_one_message_and_the_next_run_e
 def test_a_cache_that_cannot_be_written_is_one_line_that_names_it(command, cache, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
     assert re.search("FAIL: .*/cache.*AUTORESEARCH_CACHE", command(code=1))
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_complete_cache_that_nobody_may_write_serves(number, command, cache, shards, monkeypatch):
+    """As in a container that mounts it read-only. The test may be root, who may write anywhere."""
+    put(cache, shards)
+    command()
+    before, opened = state_of(cache), os.open
+
+    def refuse(path, flags, *rest, **options):
+        if str(path).startswith(str(cache.parent)) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert "ready: climbmix-" in command() and state_of(cache) == before
+    (cache / "val.bin").unlink()
+    monkeypatch.setattr(prepare, "open", lambda path, mode: os.fdopen(refuse(path, os.O_WRONLY)), raising=False)
+    assert "FAIL: cannot read or write the cache" in command(code=1)
 
 
 def test_a_user_without_a_home_or_a_name_is_told_to_name_a_cache_and_gets_a_name(cache, command, monkeypatch):

@@ -124,6 +124,10 @@ REAL = {  # what people's logs are like: (file, what columns of `runs` hold, wha
         short(*(f"{run} keep baseline" for run in ("a 1.9", "a 1.91", "b 1.6", "b 1.61")), "c 1.55 keep x"),
         {"segment": [1, 1, 2, 2, 2]}, "Total gain: 0.055000, 3.43% of the baseline's mean 1.605000",
         "\n".join(line(c, bpb, device="cpu") for c, bpb in zip("aabbc", (1.9, 1.91, 1.6, 1.61, 1.55)))),
+    "hashes of several lengths": (
+        short("abc12345 1.5 keep baseline", "`abc1234` 1.49 keep baseline", f"abc1234{'0' * 33} 1.51 keep baseline",
+              "b 1.4 keep x"),
+        {"segment": [1] * 4, "noise": [0.02] * 4}, "of the baseline's mean 1.500000 (n = 3)"),
     "the baseline once more": (
         short("a 1.5 keep baseline", "b 1.2 keep x", "a 1.5 keep baseline again", "c 1.1 keep baseline + wider"),
         {"segment": [1] * 4, "gain": [NAN, 0.3, NAN, 0.1]}, "(n = 2)"),

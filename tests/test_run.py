@@ -320,6 +320,17 @@ def test_what_nobody_filled_and_views_are_named(add, words, small, monkeypatch):
     assert message.startswith("FAIL: h.0.mlp.gain, h.1.mlp.gain: ") and words in message
 
 
+def test_parameters_that_no_gradient_reaches_are_named_in_warm_up(steps, monkeypatch, capsys):
+    class Own(train.MLP):
+        def __init__(self, config):
+            super().__init__(config)
+            self.gain, self.fixed = (nn.Parameter(torch.ones(3), requires_grad=named) for named in (True, False))
+
+    monkeypatch.setattr(train, "MLP", Own)
+    train.main()
+    assert "\nnote: no gradient reached h.0.mlp.gain, h.1.mlp.gain in warm-up\n" in capsys.readouterr().out
+
+
 def test_a_model_that_sees_the_future_fails_in_warm_up(steps, monkeypatch):
     monkeypatch.setattr(train, "ngram_hash", lambda idx, n, rows: (idx.roll(-1, 1) * 31 + idx) % rows)
     assert "sees the future" in failure()

@@ -126,6 +126,13 @@ def test_a_run_that_trained_for_longer_than_the_baseline_is_discarded_and_says_w
     assert "note: another trained for 63.3 s, the baseline for 60.2 s\n" in prepare.verdict()
 
 
+def test_a_kept_row_without_a_run_is_named_since_the_last_step_would_restore_it(night):
+    night.head = "1.23e+06"
+    night.row("keep")
+    assert night.verdict(1.40) == "keep"
+    assert "note: 1.23e+06 is kept last in results.tsv, and has no such run under SEED=42\n" in prepare.verdict()
+
+
 def test_missing_evidence_is_named(monkeypatch):
     night = Night(monkeypatch)
     night.run("basebas", 42, 1.5)
@@ -146,6 +153,7 @@ def test_other_contracts_splits_edited_files_second_exams_broken_lines_and_earli
         night.run("newnewn", 42, 0.1, **more)
     with open("runs.jsonl", "a") as evidence:
         evidence.write('\n3\n{}\n{"commit": "newn\n')
+        evidence.write('{"commit": "newnewn", "dirty": false, "split": "val", "bpb": 0.1}\n')
     with open("results.tsv", "a") as ledger:
         ledger.write("\ncrashed\t\t\tcrash\twide\nold\t0.000000\t0.0\tcrash\n\nunknown\t0.1\t1.0\tkeep\tno line end")
     assert night.verdict(1.481) == "run SEED=43"
@@ -155,6 +163,17 @@ def test_other_contracts_splits_edited_files_second_exams_broken_lines_and_earli
     night.baseline("morning", 2.0, 2.1, 2.001, 2.1, memory=3000)
     night.run("another", 42, 1.99, memory=6000)
     assert night.verdict() == "keep" and "noise: 0.001500" in prepare.verdict()
+
+
+@pytest.mark.parametrize("text", ["baseline 2", "Baseline (unchanged)", "new baseline", "baseline run 1, SEED=43"])
+def test_a_baseline_may_be_said_in_other_words_but_not_an_idea_that_follows_it(monkeypatch, text):
+    night = Night(monkeypatch)
+    night.baseline("basebas", 1.50, 1.58, 1.52, 1.58)
+    ledger = Path("results.tsv")
+    ledger.write_text(ledger.read_text().replace("\tbaseline", f"\t{text}"))
+    night.run("another", 42, 1.40)
+    night.row("keep", "baseline, deeper")
+    assert night.verdict(1.39) == "run BEST under SEED=43 (another; after it, this one)"
 
 
 @pytest.mark.parametrize("row", ["bestbes2222\t1.4\t1.0\tKeep", '"bestbes"\t"1.4"\t"1.0"\t"kept"\t"an idea"',
