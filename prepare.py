@@ -818,11 +818,10 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
     try:
         module.eval()  # its own, too: it may put averaged weights in, and train() take them out
         nll = [_nll(model, batch[:, :-1], batch[:, 1:], len(token_bytes)) for batch in batches]
-        for what, moved, weights in _probes(model, batches, nll, token_bytes, cuts, halvings):
+        for what, limit, moved, weights in _probes(model, batches, nll, token_bytes, cuts, halvings):
             moved, weights = moved.cpu().double(), weights.cpu()
             nats, position = moved.abs().max().item(), moved.abs().argmax().item() % moved.size(1)
             worth = moved[weights > 0].sum().item() / (math.log(2) * max(weights.sum().item(), 1))
-            limit = CHANCE_NATS if "random" in what else LEAK_NATS
             if nats > limit or abs(worth) > LEAK_BPB:
                 raise ExamError(
                     f"the model {what}: the log-probability of a target moves by up to {nats:.3g} "
@@ -837,13 +836,13 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
 
 
 def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor, cuts: int,
-            halvings: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+            halvings: int) -> Iterator[tuple[str, float, torch.Tensor, torch.Tensor]]:
     """Change what a model must not know, and score what it still has to know.
 
     batches: int (B, T + 1) each; nll: -ln p of their targets, (B, T) each. `cuts`: how many
     positions are tried, each in a row of its own; `halvings`: how often a batch is split in two,
-    to tell places apart. Yields what the model does if targets move; by how many nats they got
-    less probable, (rows, T); and their bytes, 0 for those that do not count.
+    to tell places apart. Yields what the model does if targets move; how many nats one may; by how
+    many they got less probable, (rows, T); and their bytes, 0 for those that do not count.
     """
     (B, T), V = nll[0].shape, len(token_bytes)
     dice = np.random.default_rng()  # nobody can foresee it, and torch's own stays as it is
@@ -855,11 +854,13 @@ def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor
         return _nll(model, torch.where(changed.to(x.device), others, x), targets, V) - nll[number]
 
     first = token_bytes[batches[0][:, 1:]]
-    yield "has memory or is random", moves(0, torch.zeros(B, T, dtype=torch.bool)), first
+    again = moves(0, torch.zeros(B, T, dtype=torch.bool))
+    yield "has memory or is random", CHANCE_NATS, again, first
     places = torch.from_numpy(dice.permutation(B))
     for bit, side in itertools.product(range(halvings), (0, 1)):
         kept = (places >> bit) % 2 == side
-        yield "mixes rows of a batch", moves(0, ~kept[:, None].expand(B, T))[kept], first[kept]
+        moved = moves(0, ~kept[:, None].expand(B, T))[kept]
+        yield "mixes rows of a batch", LEAK_NATS, moved, first[kept]
     positions, order = torch.arange(T), torch.from_numpy(dice.permutation(T - 1))
     moved, weights = [], []
     for number, start in enumerate(range(0, cuts, B)):
@@ -867,7 +868,7 @@ def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor
         until, at = (mask.to(batches[0].device) for mask in (positions <= cut, positions == cut))
         moved.append(moves(number, ~until).where(until, 0))
         weights.append(token_bytes[batches[number][:, 1:]].where(at, 0))
-    yield "sees the future", torch.cat(moved), torch.cat(weights)
+    yield "sees the future", LEAK_NATS, torch.cat(moved), torch.cat(weights)
 
 
 def _nll(model: Callable, x: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
