@@ -895,9 +895,6 @@ def main():
         print(line(step, loss, elapsed, (elapsed - logged_at) / (step - logged), batches[-1][2]))
 
     # Exam and summary
-    if config.bigram_rows and batches[-1][2] > 1:
-        print("note: text came more than once, and hashed tables learn it by heart: more "
-              "--num-shards or BIGRAM_ROWS 0 may score better")
     print(f"exam: {contract.eval_tokens:,} targets, and the probes")
     with autocast:
         bpb = prepare.evaluate_bpb(model, tokenizer, device_batch_size)

@@ -320,16 +320,6 @@ def test_what_nobody_filled_and_views_are_named(add, words, small, monkeypatch):
     assert message.startswith("FAIL: h.0.mlp.gain, h.1.mlp.gain: ") and words in message
 
 
-@pytest.mark.parametrize("epoch, rows", [(1, 64), (2, 64), (2, 0)])
-def test_text_that_comes_twice_is_said_where_tables_would_remember_it(epoch, rows, steps, monkeypatch, capsys):
-    loader = prepare.make_dataloader
-    monkeypatch.setattr(prepare, "make_dataloader", lambda *arguments, **options: (
-        (x, y, epoch) for x, y, _ in loader(*arguments, **options)))
-    monkeypatch.setattr(train, "BIGRAM_ROWS", rows)
-    train.main()
-    assert ("\nnote: text came more than once" in capsys.readouterr().out) == (epoch > 1 and rows > 0)
-
-
 def test_parameters_that_no_gradient_reaches_are_named_in_warm_up(steps, monkeypatch, capsys):
     class Own(train.MLP):
         def __init__(self, config):
