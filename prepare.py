@@ -185,8 +185,11 @@ def fingerprint(contract: Contract | None = None) -> str:
     if "val.bin" not in sums:
         raise Failure(f"not prepared; run: uv run prepare.py --contract {contract.name}")
     terms = [dataclasses.asdict(contract), sums["tokenizer.tiktoken"], sums["val.bin"]]
-    digest = hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
-    return f"{contract.name}-{digest[:8]}"
+    return f"{contract.name}-{_digest(terms)[:8]}"
+
+
+def _digest(terms: list | dict) -> str:
+    return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -234,7 +237,7 @@ def _sha256(path: Path) -> str:
 
 
 def _noted_sums(contract: Contract) -> dict[str, str]:
-    """{name: SHA-256} of tokenizer, exams and contract when they were made; empty if they were not."""
+    """{name: SHA-256} of tokenizer, exams and contract as they were made; empty if they were not."""
     words = _read(contract.folder / "SHA256SUMS").split()
     return dict(zip(words[1::2], words[::2]))
 
@@ -525,7 +528,8 @@ def _train_tokenizer(contract: Contract, parts: list[Part]) -> Tokenizer:
     with _progress("train the tokenizer", None, " characters") as bar:
         trainer.train_from_iterator(texts(), contract.vocab_size - SPECIALS, pattern=SPLIT_PATTERN)
     if not chars:
-        raise Failure(f"no text to train on in {[name for name, _, _ in parts]} of {contract.folder}")
+        raise Failure(f"no text to train on in {[name for name, _, _ in parts]} of "
+                      f"{contract.folder}")
     if chars < contract.tokenizer_chars and contract.train_files > len(parts):
         print(f"note: with so few shards the tokenizer saw {chars:,} characters instead of "
               f"{contract.tokenizer_chars:,}, so the fingerprint is not the usual one. To train it "
@@ -635,8 +639,7 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
             if path.exists() and _sha256(path) != before[path.name]:
                 print(f"{path} is not what it was when it was made; making it again")
                 path.unlink()
-        fields = dataclasses.asdict(dataclasses.replace(contract, time_budget=0))
-        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        digest = _digest(dataclasses.asdict(dataclasses.replace(contract, time_budget=0)))
         # With a new tokenizer all tokens go; without token_ids exams are of commits that lost text
         anew = (not (folder / "tokenizer.tiktoken").exists()
                 or before.get("contract", digest) != digest)
@@ -675,7 +678,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES):
                 raise
-            held = contextlib.nullcontext()  # nobody writes here, and a complete cache needs nothing
+            held = contextlib.nullcontext()  # nobody can write here, and a whole cache needs none
         with held:
             yield
     except BrokenPipeError:  # stdout's
@@ -818,7 +821,8 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
     try:
         module.eval()  # its own, too: it may put averaged weights in, and train() take them out
         nll = [_nll(model, batch[:, :-1], batch[:, 1:], len(token_bytes)) for batch in batches]
-        for what, limit, moved, weights in _probes(model, batches, nll, token_bytes, cuts, halvings):
+        probes = _probes(model, batches, nll, token_bytes, cuts, halvings)
+        for what, limit, moved, weights in probes:
             moved, weights = moved.cpu().double(), weights.cpu()
             nats, position = moved.abs().max().item(), moved.abs().argmax().item() % moved.size(1)
             worth = moved[weights > 0].sum().item() / (math.log(2) * max(weights.sum().item(), 1))
@@ -1041,11 +1045,10 @@ def verdict() -> str:
                 f"on the split val{others})")
     for same in ("contract", "device", "shards", "torch", "prepare_sha256"):
         runs = [run for run in runs if (run.get(same) or 1) == of(head, 42, same)[-1]]
-    scored = [(commit[:7], status, text) for commit, _, _, status, text, *_ in reversed(rows)
-              if of(commit[:7], 42)]
     baseline = re.compile(r"(new )?baseline(\W*|\W*\d+\W*|\W+(again|re-?run|runs?|seed|default|"
                           r"unchanged|unmodified|original|no change).*)")
-    base = next((commit for commit, _, text in scored if baseline.fullmatch(text)), head)
+    base = next((commit[:7] for commit, _, _, _, text, *_ in reversed(rows)
+                 if baseline.fullmatch(text) and of(commit[:7], 42)), head)
     missing = [f"SEED={seed}" for seed in (42, 43) for _ in range(2 - len(of(base, seed)))]
     if missing:
         more = f"{len(missing)} more run{'s' * (len(missing) > 1)}"
@@ -1054,10 +1057,8 @@ def verdict() -> str:
     runs = list(itertools.dropwhile(lambda run: run["commit"] != base, runs))  # this session's
     if not of(head, 42):
         return f"verdict: run SEED=42 ({head} has no run since the baseline, {base}, was run)"
-    best = next(commit for commit, status, _ in [*scored, (base, "keep", "")]
-                if status[:4] in ("keep", "kept") and of(commit, 42))
-    newest = next((commit for commit, _, _, status, *_ in reversed(rows)
-                   if status[:4] in ("keep", "kept")), best)
+    kept = [row[0] for row in reversed(rows) if row[3][:4] in ("keep", "kept")] + [base]
+    best = next(commit[:7] for commit in kept if of(commit[:7], 42))
     equal = [key for key in {(run["commit"], run["seed"]) for run in runs} if len(of(*key)) > 1]
     noise = 1.5 * max(np.ptp(of(*key)) for key in equal)
     jitter = max(1 - min(of(*key, "tokens")) / max(of(*key, "tokens")) for key in equal)
@@ -1096,8 +1097,8 @@ def verdict() -> str:
         word = f"run BEST under SEED=43 ({best}; after it, this one)"
     note = f"note: {head} evaluates more than once; the first score of a run counts\n" * again
     note += f"note: {head} trained for {took:g} s, the baseline for {budget:g} s\n" * late
-    if newest[:7] != best:
-        note += f"note: {newest} is kept last in results.tsv, and has no such run under SEED=42\n"
+    if kept[0][:7] != best:
+        note += f"note: {kept[0]} is kept last in results.tsv, and has no such run under SEED=42\n"
     speed = ": SLOWER" if min(tokens) < -apart else ": FASTER" if faster else ""
     if speed:
         note += "note: if the change does not explain that speed, it is a `slow machine`\n"

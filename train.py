@@ -364,8 +364,8 @@ class GPT(nn.Module):
         table = functools.partial(nn.Embedding, dtype=config.table_dtype)
         self.wte = table(config.vocab_size, n_embd)
         rows = config.bigram_rows
-        # Bigrams give one half of the channels and trigrams the other, which is 0.004 better on H200s
-        # than bigrams alone (n = 2). A step reads few rows: sparse gradients (no clip_grad_norm_ or
+        # Bigrams give one half of the channels, trigrams the other: 0.004 better on H200s than
+        # bigrams alone (n = 2). A step reads few rows: sparse gradients (no clip_grad_norm_ or
         # AdamW for them), and a spare last row for rows_step
         self.ngrams = table(2 * rows + 1, n_embd // 2, sparse=True) if rows else None
         self.bigram_value_embeds = table(rows + 1, kv_dim, sparse=True) if rows else None
