@@ -250,6 +250,22 @@ def test_one_row_that_does_not_fit_a_model_that_does_not_behind_warm_up_and_any_
     assert re.findall(r"DEVICE_BATCH_SIZE is (\d+), with (\d+) batches", capsys.readouterr().out) == sizes
 
 
+@pytest.mark.parametrize("rows", [8, 16])
+def test_the_first_steps_take_half_of_the_tokens_and_each_token_counts_once(rows, small, monkeypatch, capsys):
+    """A budget of 1 s and steps of 0.25 s; rows at once are at most those of half a step."""
+    for name, value in {"BATCH_RAMP": 0.5, "DEVICE_BATCH_SIZE": rows}.items():
+        monkeypatch.setattr(train, name, value)
+    counts = []
+    seen = watch_steps(monkeypatch, small, before=lambda model, optimizer, batches: counts.append(len(batches)))
+    train.main()
+    assert counts == [1, 2, 2] + [1, 1, 2, 2]  # warm-up has compiled both
+    assert [shapes for _, shapes in seen] == [[(8, 32)] * count for count in counts[-4:]]
+    first, last = step_lines(output := capsys.readouterr().out)
+    assert "tok/sec: 1,024 |" in first and "tok/sec: 1,707 |" in last  # 256 in 0.25 s, 1,280 in 0.75 s
+    (line,) = evidence()
+    assert line["tokens"] == 6 * 256 and summary_of(output)["total_tokens_M"] == "0.002"
+
+
 @pytest.mark.parametrize("seconds, expected", [(0.5, 4), (0.52, 4), (0.98, 3), (1.02, 2), (10.0, 1)])
 def test_the_budget_ends_with_the_step_in_which_it_runs_out(seconds, expected, small, monkeypatch, capsys):
     """Budget 2 s, fake clock: the last step begins in time, and overshoots by less than its duration."""
@@ -414,10 +430,10 @@ def test_a_closed_stdout_stops_nothing(monkeypatch):
 
 
 def test_a_log_line_has_the_form_of_the_specification():
-    line = train.log_line(50, 5.123456, 25.0, 0.24, 1, 300, 2**19, 1e12, 989e12)
+    line = train.log_line(50, 5.123456, 25.0, 10, 2.4, 10 * 2**19, 1, 300, 2e6, 989e12)
     assert line == ("step 00050 (8.3%) | loss: 5.123456 | lrm: 1.00 | dt: 240ms | tok/sec: 2,184,533 | "
                     "mfu: 0.4% | epoch: 1 | remaining: 275s")
-    assert STEP.fullmatch(train.log_line(123_456, 0.5, 301.0, 0.01, 2, 300, 2048, 1e12, None))
+    assert STEP.fullmatch(train.log_line(123_456, 0.5, 301.0, 1, 0.01, 2048, 2, 300, 1e12, None))
 
 
 # In processes of their own
