@@ -853,8 +853,11 @@ def main():
                         if p.requires_grad and not optimizer.state.get(p)]:
                 print(f"note: no gradient reached {', '.join(idle)} in warm-up")
         except RuntimeError as error:
-            if not prepare.is_out_of_memory(error) or device_batch_size == 1:
+            if not prepare.is_out_of_memory(error):
                 raise
+            if device_batch_size == 1:
+                raise prepare.Failure("out of memory with one row at once: lower BIGRAM_ROWS or "
+                                      f"DEPTH ({' '.join(str(error).split())[:200]})") from error
         # Outside the except block, whose exception keeps the failed step's tensors alive
         model = optimizer = None
         gc.collect()
