@@ -122,7 +122,7 @@ CONTRACTS = {contract.name: contract for contract in (
         vocab_size=1024, max_seq_len=256, time_budget=60, eval_tokens=2**17,
     ),
 )}
-DEFAULT_SHARDS = 10  # training shards; five minutes on one H100 read about half of them
+DEFAULT_SHARDS = 10  # training shards; five minutes on one H100 read about two thirds of them
 
 
 class Failure(Exception):

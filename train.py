@@ -37,9 +37,9 @@ def busy_share():
         return 0.0
 
 
-# Threads that spin while they wait halve a step of the demo on two idle cores (231 ms for 448), but
-# beside one busy program it takes 798 ms for 344, beside two 7144 for 409 (medians of 2 to 36
-# steps). Three looks, because a command may just be ending; load that comes later is not seen
+# With threads that spin while they wait a step of the demo takes 231 ms on two idle cores, without
+# 448; beside one busy program 798 and 344, beside two 7144 and 409 (medians of 2 to 36 steps).
+# Three looks, because a command may just be ending; load that comes later is not seen
 BUSY = (__name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ
         and all(busy_share() > 0.3 for _ in range(3)))
 if BUSY:
@@ -63,10 +63,10 @@ ASPECT_RATIO = {"cuda": 76, "mps": 64, "cpu": 42}  # n_embd / DEPTH, rounded up 
 HEAD_DIM = {"cuda": 128, "mps": 64, "cpu": 64}
 HEADS_PER_KV_HEAD = {"cuda": 1, "mps": 1, "cpu": 1}  # query heads that share a key and value head
 TOTAL_BATCH_SIZE = {"cuda": 2**17, "mps": 2**14, "cpu": 2**11}  # tokens per optimizer step
-DEVICE_BATCH_SIZE = {"cuda": 32, "mps": 16, "cpu": 8}  # rows at once, exam too; halved to fit
-# Share of TIME_BUDGET in which a step takes half of its tokens: early gradients are so much alike
-# that more steps teach more. 0.002 better on H200s in 150 s (n = 2)
-BATCH_RAMP = {"cuda": 0.3, "mps": 0.0, "cpu": 0.0}
+DEVICE_BATCH_SIZE = {"cuda": 32, "mps": 16, "cpu": 8}  # rows at once, at most; the exam's too
+# For this first share of TIME_BUDGET a step takes half of its tokens: early gradients are so much
+# alike that more steps teach more. 0.002 better on H200s in 150 s (n = 2)
+HALF_BATCH_RATIO = {"cuda": 0.3, "mps": 0.0, "cpu": 0.0}
 WINDOW_PATTERN = {"cuda": "SSL", "mps": "L", "cpu": "L"}  # tiled over the layers; the last is L
 # Channels that attention and MLP read a position late: 0.02 better in the demo (n = 5), 0.004
 # worse on an H200 (n = 2)
@@ -100,7 +100,7 @@ ADAM_BETAS = (0.8, 0.99)
 BIGRAM_BETA2 = 0.99  # of rows_step
 ADAM_EPS = 1e-10
 ROWS_DECAY_STEPS = 32  # from one weight decay of the hashed tables to the next
-COMPILED_FROM = 2**14  # elements; to compile Muon's step of fewer takes a second for nothing
+COMPILED_FROM = 2**14  # elements; compiling Muon's step of fewer wastes a second
 WEIGHT_DECAY = {"lm_head": 0.01, "wte": 0.001, "value_embeds": 0.01, "ngrams": 0.02}
 
 # Schedule
@@ -248,7 +248,7 @@ def norm(x):
 
 
 def precompute_rotary(seq_len, head_dim, device):
-    """float32 cos (1, T, 1, 1, head_dim/2) and sin with both its signs (1, T, 1, 2, head_dim/2).
+    """float32 cos (1, T, 1, 1, head_dim/2) and sin, -sin (1, T, 1, 2, head_dim/2).
 
     The first half of the pairs turns, the others stand still (modded-nanogpt).
     """
@@ -544,8 +544,8 @@ class MuonAdamW(torch.optim.Optimizer):
         self.dtype = dtype
         compile_step = functools.partial(torch.compile, dynamic=False, fullgraph=True)
         self.muon_step = compile_step(muon_step) if compiled else muon_step
-        # Accumulated sparse gradients keep their shape on CUDA only, which concatenates them; a CPU
-        # may merge equal rows, and each new shape would be compiled
+        # CUDA concatenates sparse gradients that it accumulates, so that their shape is fixed; a
+        # CPU may merge equal rows, and each new shape would be compiled
         on_cuda = all(p.is_cuda for group in self.param_groups for p in group["params"])
         self.rows_step = compile_step(rows_step) if compiled and on_cuda else rows_step
         if unknown := {group.get("kind") for group in self.param_groups} - {"muon", "rows", "adamw"}:
@@ -618,7 +618,7 @@ def parameter_groups(model):
     ]
     if model.ngrams is not None:
         tables = [t.weight for t in (model.ngrams, model.bigram_value_embeds) if t.sparse]
-        groups.append({"kind": "rows", "params": tables, "lr": knob("BIGRAM_LR", device_type) * scale,
+        groups.append({"kind": "rows", "params": tables, "lr": BIGRAM_LR * scale,
                        "beta2": BIGRAM_BETA2, "eps": ADAM_EPS, "weight_decay": WEIGHT_DECAY["ngrams"]})
     # The blocks, with whatever an edit puts there: tables, what is no matrix, matrices
     embeddings = {m.weight for m in model.h.modules() if isinstance(m, nn.Embedding)}
@@ -648,9 +648,9 @@ def lr_multiplier(progress: float) -> float:
     return left + (1 - left) * FINAL_LR_FRAC
 
 
-def batches_per_step(full: int, progress: float, ramp: float) -> int:
-    """Half of the `full` number of batches until progress `ramp`."""
-    return max(full // 2, 1) if progress < ramp else full
+def batches_per_step(full: int, progress: float, half_until: float) -> int:
+    """`full`, but until progress `half_until` half of that, rounded down, at least 1."""
+    return max(full // 2, 1) if progress < half_until else full
 
 
 def set_schedules(optimizer, step: int, progress: float) -> None:
@@ -673,9 +673,9 @@ WARMUP_STEPS = 3  # thrown away
 PEAK_FLOPS = {
     "Laptop GPU": None, "MIG": None,  # less than the card whose name is in theirs
     "GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12,
-    "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12,
-    "RTX 4090 D": None, "RTX 4090": 165.2e12, "RTX 3090 Ti": None, "RTX 3090": 71e12,
-    "MI300X": 1307e12,
+    "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "MI300X": 1307e12,
+    "RTX 5090 D": None, "RTX 5090": 209.5e12, "RTX 4090 D": None, "RTX 4090": 165.2e12,
+    "RTX 3090 Ti": None, "RTX 3090": 71e12,
 }
 
 
@@ -707,8 +707,8 @@ def sizes(kind, seq_len, vocab_size):
         pair = globals()[name]
         demand(isinstance(pair, (tuple, list)) and len(pair) == 2, name, pair, "a pair of numbers")
     demand(total % seq_len == 0, "TOTAL_BATCH_SIZE", total, f"a multiple of MAX_SEQ_LEN ({seq_len})")
-    halves = 2 if knob("BATCH_RAMP", kind) and total > seq_len else 1
-    rows = min(rows, total // seq_len // halves)
+    in_two = knob("HALF_BATCH_RATIO", kind) and total // seq_len % 2 == 0
+    rows = min(rows, total // seq_len // (2 if in_two else 1))
     demand(total % (rows * seq_len) == 0, "TOTAL_BATCH_SIZE", total, "a multiple of "
            f"DEVICE_BATCH_SIZE ({rows}) x MAX_SEQ_LEN ({seq_len}) = {rows * seq_len}, or change it")
     windows = window_sizes(knob("WINDOW_PATTERN", kind), depth, knob("SHORT_WINDOW", kind, 0), seq_len)
@@ -722,7 +722,7 @@ def sizes(kind, seq_len, vocab_size):
 def build(config, device, dtype, compiled, seed):
     """(model, optimizer) on the device, initialised from the seed; tables in the compute dtype."""
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # what torch.empty gives is NaN then
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then gives NaN
     with torch.device(device):
         model = GPT(replace(config, table_dtype=dtype))
     torch.use_deterministic_algorithms(False)
@@ -787,8 +787,8 @@ def finite(loss, step):
 
 
 def log_line(step, loss, elapsed, steps, seconds, tokens, epoch, budget, flops, peak_flops):
-    """One line of progress; steps, seconds and tokens since the last line, flops per token,
-    peak_flops None where it is not known.
+    """One line of progress. steps, seconds, tokens: since the last one; flops: per token;
+    peak_flops: None where it is not known.
 
     The loss has NEXT_BUT_ONE's part in it, which goes at half of the budget.
     """
@@ -815,7 +815,7 @@ def main():
     device = prepare.default_device()
     kind = device.type
     config, total_batch_size, device_batch_size = sizes(kind, T, contract.vocab_size)
-    ramp = knob("BATCH_RAMP", kind)
+    half_until = knob("HALF_BATCH_RATIO", kind)
     quick_start(kind)
     dtype = compute_dtype(device)
     autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -841,9 +841,9 @@ def main():
         try:
             model, optimizer = new_model()
             for i in range(WARMUP_STEPS):
-                tokens = torch.randint(config.vocab_size, (device_batch_size, T + 1), device=device)
-                batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-                count = batches_per_step(grad_accum_steps, min(i, 1), ramp)  # both compile
+                idx = torch.randint(config.vocab_size, (device_batch_size, T + 1), device=device)
+                batch = (idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
+                count = batches_per_step(grad_accum_steps, min(i, 1), half_until)  # half, then all
                 with autocast:
                     train_step(model, optimizer, [batch] * count).item()
             with autocast:
@@ -869,8 +869,10 @@ def main():
                   f"{total_batch_size // (device_batch_size * T)} batches per step")
     model, optimizer = new_model()  # no trace of warm-up
     n_params = sum(p.numel() for p in model.parameters())
+    at_first = batches_per_step(grad_accum_steps, 0, half_until) * device_batch_size * T
     print(f"model: {n_params / 1e6:.1f} M parameters, {config.n_layer} layers, width {config.n_embd}, "
-          f"{config.n_head} heads of {config.n_embd // config.n_head}; {total_batch_size:,} tokens per step")
+          f"{config.n_head} heads of {config.n_embd // config.n_head}; {total_batch_size:,} tokens per step"
+          + f", {at_first:,} until {half_until:.0%}" * (at_first < total_batch_size))
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -883,32 +885,32 @@ def main():
     line = functools.partial(log_line, budget=budget, flops=flops, peak_flops=peak_flops)
     lag = 1 if kind == "cuda" else 0  # a GPU runs a step while the host reads the last one's loss
     unread = []
-    step = logged = tokens = logged_tokens = 0  # tokens of those steps whose loss was read
+    step = drawn = logged = tokens = logged_tokens = 0  # tokens: of the steps whose loss was read
     elapsed = logged_at = 0.0
     print(f"training for {budget:g} s")
     getattr(torch, kind).synchronize()  # torch.cuda's, torch.mps's or torch.cpu's, a no-op
     start = time.monotonic()
     while elapsed < budget:
-        count = batches_per_step(grad_accum_steps, elapsed / budget, ramp)
+        count = batches_per_step(grad_accum_steps, elapsed / budget, half_until)
         batches = [next(loader) for _ in range(count)]
+        drawn += count * device_batch_size * T
         set_schedules(optimizer, step, elapsed / budget)
         model.next_but_one.fill_(knob("NEXT_BUT_ONE", kind) * max(0.0, 1 - 2 * elapsed / budget))
         with autocast:
-            unread.append((on_host(train_step(model, optimizer, batches)), count))
+            unread.append((on_host(train_step(model, optimizer, batches)), drawn))
         step += 1
         done = step - lag
         if done:
-            read, count = unread.pop(0)
+            read, tokens = unread.pop(0)
             loss = finite(read(), done)
-            tokens += count * device_batch_size * T
         elapsed = time.monotonic() - start
         if done == 1 or done and elapsed - logged_at >= log_seconds:
             print(line(done, loss, elapsed, done - logged, elapsed - logged_at,
                        tokens - logged_tokens, batches[-1][2]))
             logged, logged_at, logged_tokens = done, elapsed, tokens
-    for read, count in unread:
+    while unread:
+        read, tokens = unread.pop(0)
         loss = finite(read(), step)
-        tokens += count * device_batch_size * T
     elapsed = time.monotonic() - start
     if logged < step:
         print(line(step, loss, elapsed, step - logged, elapsed - logged_at,

@@ -112,6 +112,7 @@ def test_a_run_says_what_it_does_prints_the_summary_and_leaves_one_line_of_evide
 
 @pytest.mark.parametrize("name, known", [
     ("NVIDIA A100-SXM4-80GB", True), ("NVIDIA RTX A1000 Laptop GPU", False), ("NVIDIA RTX 4090 D", False),
+    ("NVIDIA GeForce RTX 5090", True), ("NVIDIA GeForce RTX 5090 D v2", False),
     ("NVIDIA GeForce RTX 4090 Laptop GPU", False), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", False)])
 def test_the_test_split_prints_no_val_bpb_and_no_mfu_of_an_unknown_device(name, known, steps, monkeypatch, capsys):
     monkeypatch.setenv("AUTORESEARCH_SPLIT", "test")
@@ -253,10 +254,17 @@ def test_one_row_that_does_not_fit_a_model_that_does_not_behind_warm_up_and_any_
     assert re.findall(r"DEVICE_BATCH_SIZE is (\d+), with (\d+) batches", capsys.readouterr().out) == sizes
 
 
+@pytest.mark.parametrize("total, at_once", [(16, 8), (10, 5), (5, 5), (1, 1)])
+def test_half_a_step_holds_the_rows_at_once_where_a_step_can_be_halved(total, at_once, small, monkeypatch):
+    for name, value in {"HALF_BATCH_RATIO": 0.5, "DEVICE_BATCH_SIZE": 16, "TOTAL_BATCH_SIZE": total * 32}.items():
+        monkeypatch.setattr(train, name, value)
+    assert train.sizes("cpu", 32, 256)[1:] == (total * 32, at_once)
+
+
 @pytest.mark.parametrize("rows", [8, 16])
 def test_the_first_steps_take_half_of_the_tokens_and_each_token_counts_once(rows, small, monkeypatch, capsys):
     """A budget of 1 s and steps of 0.25 s; rows at once are at most those of half a step."""
-    for name, value in {"BATCH_RAMP": 0.5, "DEVICE_BATCH_SIZE": rows}.items():
+    for name, value in {"HALF_BATCH_RATIO": 0.5, "DEVICE_BATCH_SIZE": rows}.items():
         monkeypatch.setattr(train, name, value)
     counts = []
     seen = watch_steps(monkeypatch, small, before=lambda model, optimizer, batches: counts.append(len(batches)))
@@ -264,6 +272,7 @@ def test_the_first_steps_take_half_of_the_tokens_and_each_token_counts_once(rows
     assert counts == [1, 2, 2] + [1, 1, 2, 2]  # warm-up has compiled both
     assert [shapes for _, shapes in seen] == [[(8, 32)] * count for count in counts[-4:]]
     first, last = step_lines(output := capsys.readouterr().out)
+    assert "; 512 tokens per step, 256 until 50%\n" in output
     assert "tok/sec: 1,024 |" in first and "tok/sec: 1,707 |" in last  # 256 in 0.25 s, 1,280 in 0.75 s
     (line,) = evidence()
     assert line["tokens"] == 6 * 256 and summary_of(output)["total_tokens_M"] == "0.002"
