@@ -221,6 +221,14 @@ def test_a_model_that_mixes_later_tokens_in_is_refused_in_warm_up_already(tiny, 
     refused(model, tiny, "sees the future", batch_size)
 
 
+def test_a_leak_that_is_faint_because_the_model_has_hardly_trained_is_refused_in_warm_up(tiny):
+    honest, sees = Small(), Small(LEAKS["next token"])
+    prepare.check_model(lambda x: 0.003 * honest(x), 16)
+    with pytest.raises(prepare.ExamError, match=r"sees the future: .* \(limit 0.001\)"):
+        prepare.check_model(lambda x: 0.003 * sees(x), 16)
+    prepare.evaluate_bpb(lambda x: 0.003 * sees(x), tiny, 16)  # of a whole run it would be within rounding
+
+
 def test_a_masked_vocabulary_entry_or_a_constant_does_not_hide_a_leak(tiny):
     sees, honest = Small(LEAKS["next token"]), Small()
     masked = torch.zeros(V)

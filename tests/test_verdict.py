@@ -100,6 +100,11 @@ note: if the change does not explain that speed, it is a `slow machine`
 verdict: keep"""
 
 
+def test_a_run_that_drew_no_training_text_is_not_kept(night):
+    assert night.verdict(1.2, tokens=0) == "discard"
+    assert "note: newnewn drew no batch of the split train" in prepare.verdict()
+
+
 def test_baselines_that_the_machine_drove_apart_are_to_be_measured_again(night):
     night.run("basebas", 43, 1.58, tokens=8_900)
     assert "note: equal runs differ much: stop what else runs here" in prepare.verdict()
