@@ -435,11 +435,15 @@ class GPT(nn.Module):
             ve = value_embeds.pop(0) if has_ve(i, self.config.n_layer) else None
             x = block(x, x0, ve, *lambdas, cos, sin)
             if targets is None and not self.training:  # the exam: keep no layer's activations
-                x = x.detach().requires_grad_()  # with gradients on, see compile_parts
+                # With gradients on, see compile_parts; a clone, since an edit may work in place
+                x = x.detach().requires_grad_().clone()
         return self.head(x, targets)
 
     def flops_per_token(self):
-        """Training FLOPs per token as MFU counts them (PaLM, arXiv 2204.02311, appendix B)."""
+        """Training FLOPs per token as MFU counts them (PaLM, arXiv 2204.02311, appendix B).
+
+        A matrix of an nn.Linear counts once, however often it is used; others do not count.
+        """
         matmul = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         keys = sum(min(window + 1, self.config.seq_len) for window in self.config.windows)
         return 6 * matmul + 12 * self.config.n_embd * keys
@@ -550,16 +554,15 @@ class MuonAdamW(torch.optim.Optimizer):
         self.rows_step = compile_step(rows_step) if compiled and on_cuda else rows_step
         if unknown := {group.get("kind") for group in self.param_groups} - {"muon", "rows", "adamw"}:
             raise prepare.Failure(f"optimizer groups of kind {unknown}; MuonAdamW steps muon, rows and adamw")
-        adamw = [group for group in self.param_groups if group["kind"] == "adamw"]
-        # It gets these very groups, so that a changed option reaches it
-        self.adamw = torch.optim.AdamW(adamw, fused=True) if adamw else None
-        if adamw:
-            self.adamw.state = self.state  # one record of what was stepped
+        self.adamw = torch.optim.AdamW([torch.zeros(1)], fused=True)  # step gives it its groups
 
     @torch.no_grad()
     def step(self):
-        if self.adamw:
-            self.adamw.step()
+        # What was changed, added or loaded since the last step reaches it, too
+        self.adamw.state = self.state
+        self.adamw.param_groups = [self.adamw.defaults | group for group in self.param_groups
+                                   if group["kind"] == "adamw"]
+        self.adamw.step()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params and group["kind"] == "rows":
@@ -639,7 +642,8 @@ def parameter_groups(model):
     grouped = [id(p) for group in groups for p in group["params"]]
     if wrong := [name for name, p in model.named_parameters() if grouped.count(id(p)) != 1]:
         raise prepare.Failure(f"parameter_groups must hold each of {', '.join(wrong)} once")
-    return [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]
+    return [group | {"initial_lr": group["lr"], "initial_weight_decay": group["weight_decay"]}
+            for group in groups if group["params"]]
 
 
 def lr_multiplier(progress: float) -> float:
@@ -660,7 +664,7 @@ def set_schedules(optimizer, step: int, progress: float) -> None:
         group["lr"] = group["initial_lr"] * lr_multiplier(progress)
         if group["kind"] == "muon":
             group["momentum"] = (1 - ramp) * MUON_MOMENTUM[0] + ramp * MUON_MOMENTUM[1]
-            group["weight_decay"] = MUON_WEIGHT_DECAY * (1 - min(progress, 1.0))
+            group["weight_decay"] = group["initial_weight_decay"] * (1 - min(progress, 1.0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -722,10 +726,11 @@ def sizes(kind, seq_len, vocab_size):
 def build(config, device, dtype, compiled, seed):
     """(model, optimizer) on the device, initialised from the seed; tables in the compute dtype."""
     torch.manual_seed(seed)
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then gives NaN
     with torch.device(device):
         model = GPT(replace(config, table_dtype=dtype))
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(before)
     torch.manual_seed(seed)
     model.init_weights()
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -762,7 +767,7 @@ def quick_start(kind):
         maybe_warm_pool()
     if kind == "cuda":  # the CPU has little to do: waking a hundred threads would take longer
         torch.set_num_threads(min(16, torch.get_num_threads()))
-    gc.disable()  # garbage collection stalls steps, and compilation
+    gc.disable()  # garbage collection stalls steps, and compilation; main collects now and then
 
 
 def on_host(loss):
@@ -873,6 +878,7 @@ def main():
     print(f"model: {n_params / 1e6:.1f} M parameters, {config.n_layer} layers, width {config.n_embd}, "
           f"{config.n_head} heads of {config.n_embd // config.n_head}; {total_batch_size:,} tokens per step"
           + f", {at_first:,} until {half_until:.0%}" * (at_first < total_batch_size))
+    gc.freeze()  # collections look at nothing made so far
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -908,6 +914,7 @@ def main():
             print(line(done, loss, elapsed, done - logged, elapsed - logged_at,
                        tokens - logged_tokens, batches[-1][2]))
             logged, logged_at, logged_tokens = done, elapsed, tokens
+            gc.collect()  # an edit may leave cycles, which hold activations
     while unread:
         read, tokens = unread.pop(0)
         loss = finite(read(), step)

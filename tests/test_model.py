@@ -217,6 +217,18 @@ def test_a_compiled_model_is_the_plain_one_and_more_layers_compile_no_more(compi
     assert model(idx).any() and not average(idx).any()
 
 
+def test_what_works_in_place_between_blocks_is_scored_with_the_forward_pass_that_the_exam_runs(monkeypatch):
+    def adds(block, given):
+        given[0].add_(1.0)
+
+    model = built().eval()
+    model.h[1].register_forward_pre_hook(adds)
+    with torch.no_grad():
+        expected = model(some_tokens())
+        monkeypatch.setattr(train.GPT, "forward", torch.enable_grad()(train.GPT.forward))  # as compile_parts does
+        torch.testing.assert_close(model(some_tokens()), expected)
+
+
 @pytest.mark.parametrize("bigram_rows, n_kv_head, shifted", [(0, 2, 0), (1000, 2, 40), (1000, 1, 64)])
 def test_the_network_is_the_one_of_its_description(bigram_rows, n_kv_head, shifted):
     model, idx = built(bigram_rows=bigram_rows, n_kv_head=n_kv_head, shifted=shifted), some_tokens()

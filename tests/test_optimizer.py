@@ -173,6 +173,24 @@ def test_in_a_block_no_matrix_trains_with_adamw_a_table_as_tables_do_and_queries
         torch.testing.assert_close(p.detach(), old - train.RESID_LR)
 
 
+@pytest.mark.parametrize("change", ["options", "added", "loaded"])
+def test_adamw_steps_its_groups_as_they_are_now(change):
+    """The first steps of AdamW move by the rate against the sign."""
+    first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    group = {"kind": "adamw", "lr": 0.5, "betas": (0.9, 0.9), "weight_decay": 0.0}
+    optimizer = train.MuonAdamW([group | {"params": [first]}])
+    if change == "added":
+        optimizer.add_param_group(group | {"params": [second]})
+    if change == "loaded":
+        optimizer.load_state_dict(optimizer.state_dict())
+    if change != "added":
+        optimizer.param_groups[0]["lr"] = 0.25
+    first.grad, second.grad = torch.ones(3), torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(first.detach(), torch.full((3,), 0.5 if change == "added" else 0.75))
+    torch.testing.assert_close(second.detach(), torch.full((3,), 0.5 if change == "added" else 1.0))
+
+
 @pytest.mark.parametrize("cuda, batches", [(True, 1), (False, 3)])
 def test_changing_scalars_and_a_second_optimizer_compile_nothing_anew_and_few_numbers_nothing(
         cuda, batches, compilations, monkeypatch):
@@ -221,6 +239,15 @@ def test_schedules_have_their_stated_values_at_both_ends_and_reach_every_group()
     for group in scheduled(ramp, 1.0):
         assert group["lr"] == pytest.approx(group["initial_lr"] * train.FINAL_LR_FRAC)
         assert group["kind"] != "muon" or group["weight_decay"] == 0
+
+
+def test_a_weight_decay_of_a_groups_own_falls_to_0_too():
+    groups = train.parameter_groups(train.GPT(CONFIG))
+    own, other = (group for group in groups[-2:])
+    own["initial_weight_decay"] = 0.5
+    train.set_schedules(train.MuonAdamW(groups), 0, 0.5)
+    assert (own["kind"], other["kind"]) == ("muon", "muon")
+    assert (own["weight_decay"], other["weight_decay"]) == (0.25, train.MUON_WEIGHT_DECAY / 2)
 
 
 def test_schedules_without_a_warmdown_or_a_ramp_are_constant(monkeypatch):

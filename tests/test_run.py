@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ def small(tiny, monkeypatch):
     monkeypatch.delenv("SEED", raising=False)
     yield clock
     gc.enable()
+    gc.unfreeze()
     prepare._RUN.alive = None  # else the watchdog of a run that failed here would end all the tests
 
 
@@ -171,6 +173,29 @@ def test_warm_up_leaves_no_trace_not_even_in_buffers_gains_and_lists_of_ones_own
         first = next(loader)
         assert torch.equal(x, first[0]) and torch.equal(y, first[1]) and epoch == first[2]
     loader.close()
+
+
+def test_cycles_that_an_edit_leaves_are_collected_at_log_lines(small, monkeypatch):
+    class Cycle(list):
+        pass
+
+    def leaves(*arguments):
+        made.append(weakref.ref(cycle := Cycle()))
+        cycle.append(cycle)
+
+    made = []
+    monkeypatch.setattr(train, "LOG_SECONDS", 0)
+    watch_steps(monkeypatch, small, before=leaves)
+    train.main()
+    assert not gc.isenabled() and [each() for each in made[train.WARMUP_STEPS:]] == [None] * 4
+
+
+def test_determinism_that_was_asked_for_stays(small):
+    config = train.GPTConfig(50, 16, 2, 2, 2, 32, (16, 16))
+    for wanted in (True, False):
+        torch.use_deterministic_algorithms(wanted)
+        train.build(config, CPU, torch.float32, False, 0)
+        assert torch.are_deterministic_algorithms_enabled() == wanted
 
 
 def test_accumulated_batches_step_as_one_batch_of_all_their_rows(small):
