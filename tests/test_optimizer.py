@@ -173,6 +173,20 @@ def test_in_a_block_no_matrix_trains_with_adamw_a_table_as_tables_do_and_queries
         torch.testing.assert_close(p.detach(), old - train.RESID_LR)
 
 
+@pytest.mark.cuda
+def test_rows_behind_two_billion_elements_are_read_and_stepped_as_the_first_are():
+    """The default tables have as many. The first step of RMSprop moves by the rate against the sign."""
+    table = torch.nn.Embedding(2**22 + 1, 768, sparse=True, device="cuda", dtype=torch.bfloat16)
+    torch.nn.init.zeros_(table.weight)
+    rows = torch.tensor([0, 2**22 - 1], device="cuda")
+    group = {"kind": "rows", "lr": 0.5, "beta2": 0.99, "eps": 1e-10, "weight_decay": 0.0}
+    optimizer = train.MuonAdamW([group | {"params": [table.weight]}], compiled=True)
+    table(rows).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(table(rows), torch.full_like(table(rows), -0.5))
+    assert table.weight.count_nonzero() == 2 * 768
+
+
 @pytest.mark.parametrize("change", ["options", "added", "loaded"])
 def test_adamw_steps_its_groups_as_they_are_now(change):
     """The first steps of AdamW move by the rate against the sign."""
