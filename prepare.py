@@ -1042,27 +1042,38 @@ def verdict() -> str:
         key = commit, seed
         return [run.get(what) or 1 for run in runs if (run["commit"], run["seed"]) == key]
 
+    def comparable(commit: str) -> bool:
+        return bool(of(commit[:7], 42))
+
+    def behind(commit: str) -> bool:
+        return _git("merge-base", "--is-ancestor", commit, "HEAD") is not None
+
     if not of(head, 42):
         seeds = sorted({run["seed"] for run in runs if run["commit"] == head})
         others = f"; it has seeds {seeds}: does train.py set one?" if seeds else ""
         return (f"verdict: run SEED=42 (runs.jsonl has no such run of {head} as committed, "
                 f"on the split val{others})")
+    every = runs
     for same in ("contract", "device", "shards", "torch", "prepare_sha256"):
         runs = [run for run in runs if (run.get(same) or 1) == of(head, 42, same)[-1]]
     baseline = re.compile(r"(new )?baseline(\W*|\W*\d+\W*|\W+(again|re-?run|runs?|seed|default|"
                           r"unchanged|unmodified|original|no change).*)")
-    base = next((commit[:7] for commit, _, _, _, text, *_ in reversed(rows)
-                 if baseline.fullmatch(text) and of(commit[:7], 42)), head)
+    named = [row[0][:7] for row in reversed(rows) if baseline.fullmatch(row[4])]  # the last first
+    base = next(filter(behind, filter(comparable, named)), next(filter(comparable, named), head))
     missing = [f"SEED={seed}" for seed in (42, 43) for _ in range(2 - len(of(base, seed)))]
     if missing:
         more = f"{len(missing)} more run{'s' * (len(missing) > 1)}"
-        return f"verdict: baseline: {more} of {base}: {', '.join(missing)}"
+        ran = {run["commit"] for run in every} & set(named) - {base}
+        note = ("note: the baselines of results.tsv ran on another machine, contract, torch or "
+                "prepare.py. Is HEAD an attempt? Step 7 then, and a new baseline\n") * bool(ran)
+        return f"{note}verdict: baseline: {more} of {base}: {', '.join(missing)}"
 
     runs = list(itertools.dropwhile(lambda run: run["commit"] != base, runs))  # this session's
     if not of(head, 42):
         return f"verdict: run SEED=42 ({head} has no run since the baseline, {base}, was run)"
-    kept = [row[0] for row in reversed(rows) if row[3][:4] in ("keep", "kept")] + [base]
-    best = next(commit[:7] for commit in kept if of(commit[:7], 42))
+    last = {row[0][:7]: row[3][:4] for row in rows}  # a later row may take a keep back
+    kept = [row[0] for row in reversed(rows) if last[row[0][:7]] in ("keep", "kept")] + [base]
+    best = next(filter(behind, filter(comparable, kept)), base)[:7]
     equal = [key for key in {(run["commit"], run["seed"]) for run in runs} if len(of(*key)) > 1]
     noise = 1.5 * max(np.ptp(of(*key)) for key in equal)
     jitter = max(1 - min(of(*key, "tokens")) / max(of(*key, "tokens")) for key in equal)
@@ -1104,7 +1115,8 @@ def verdict() -> str:
     note += f"note: {head} trained for {took:g} s, the baseline for {budget:g} s\n" * late
     note += f"note: {head} drew no batch of the split train: what did it learn from?\n" * blind
     if kept[0][:7] != best:
-        note += f"note: {kept[0]} is kept last in results.tsv, and has no such run under SEED=42\n"
+        note += (f"note: {kept[0]} is kept last in results.tsv, but has no such run under SEED=42 "
+                 "or is not behind HEAD\n")
     speed = ": SLOWER" if min(tokens) < -apart else ": FASTER" if faster else ""
     if speed:
         note += "note: if the change does not explain that speed, it is a `slow machine`\n"

@@ -259,7 +259,7 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
         do("printf '%s\\t", "status=keep text=baseline")
     assert f"verdict: {verdict()}" in do("--verdict") and verdict().startswith("this is the best")
     assert "noise: 0.150000" in (folder / "run.log").read_text()
-    do("tried/$(git")  # restoring a kept commit changes nothing
+    do("git reset -q")  # restoring a kept commit changes nothing
     assert head() == baseline and not shell("git tag", folder, env)
 
     # Worse: discarded, its code stays readable, other people's edits stay where they are
@@ -272,11 +272,10 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
     assert inline("uv run tests/bench_step.py") == timing.replace("HEAD", "KEPT")
     timed = shell(timing.replace("HEAD", baseline), folder, env)
     assert re.search(rf"^a token of train\.py / of {baseline}: \d\.\d{{3}} \(", timed, re.MULTILINE)
-    *_, last = block("tried/$(git").splitlines()
-    checkout, reset = last.split(" && ")
+    (checkout,) = re.findall("git checkout [^&]*", block("git checkout -q"))
     shell(f"kept={baseline}; {checkout}", folder, env)  # killed in the middle of the restore...
-    do("tried/$(git")  # ...and resumed
-    do("tried/$(git")
+    do("git reset -q")  # ...and resumed
+    do("git reset -q")
     assert head() == baseline and train_py.read_text() == original
     assert shell("git status --short", folder, env) == " M README.md\n"
     assert shell(f"git show tried/{worse}:train.py", folder, env) == original + "# worse\n"
@@ -293,7 +292,7 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
     pretend("0.400000")  # a run that breaks after its summary is a crash too
     do("printf '%s\\t", "status=crash text='too wide'")
     assert results.read_text().splitlines()[-2:] == [f"{crashed}\t\t\tcrash\ttoo wide"] * 2
-    do("tried/$(git")
+    do("git reset -q")
     assert head() == baseline and train_py.read_text() == original
 
     # A run that hangs is ended, with all its children
@@ -303,7 +302,26 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
     shell(inline("kill -- -"), folder, env)
     shell(f"while {inline('kill -0')}; do sleep 0.1; done", folder, env)
     do("printf '%s\\t", "status=crash text=hangs")
-    do("tried/$(git")
+    do("git reset -q")
+
+    # The last kept row is of another branch: nothing is restored
+    elsewhere = shell("git commit-tree -m other HEAD^{tree}", folder, env).strip()
+    attempt(original + "# elsewhere\n")
+    before = results.read_text()
+    with open(results, "a") as ledger:
+        ledger.write(f"{elsewhere[:7]}\t0.1\t1.0\tkeep\tof another branch\n")
+    assert f"not restored: see the row of {elsewhere[:7]}" in do("git reset -q") and head() != baseline
+    # Two summaries in a log: the first score; a status in bold, a keep that was taken back
+    pretend("0.700000")
+    (folder / "run.log").write_text((folder / "run.log").read_text() * 2)
+    do("printf '%s\\t", "status=discard text=elsewhere")
+    results.write_text(before + results.read_text().splitlines()[-1] + "\n" + "".join(
+        f"{commit}\t1.0\t1.0\t {status}\tby hand\n"
+        for commit, status in ((baseline, "**keep**"), (elsewhere[:7], "keep"), (elsewhere[:7], "discard"))))
+    assert "\t0.700000\t2.0\tdiscard\telsewhere\n" in results.read_text()
+    do("git reset -q")
+    assert head() == baseline and train_py.read_text() == original
+    results.write_text(before)
 
     # Killed during an edit: dropped. Then a large gain, which stays
     train_py.write_text("half an ed")
@@ -318,7 +336,7 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
     pretend("0.400000")
     assert verdict().startswith(f"run BEST under SEED=43 ({better}")
     do("printf '%s\\t", "status=discard text='smaller, to confirm'")
-    do("tried/$(git")
+    do("git reset -q")
     assert head() == better and train_py.read_text() == original + "# better\n"
     pretend("0.600000", 43)
     do("printf '%s\\t", "status=keep text=re-run")
@@ -336,7 +354,7 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
     shell(inline("git commit -q --amend"), folder, env)
     slow, first = head(), slow
     assert slow != first
-    do("tried/$(git")
+    do("git reset -q")
     shell(inline("git commit -q --only --allow-empty"), folder, env)
     shell(inline("git cherry-pick").replace("HASH", slow), folder, env)
     assert train_py.read_text().endswith("# slow\n")

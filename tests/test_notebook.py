@@ -140,6 +140,17 @@ REAL = {  # what people's logs are like: (file, what columns of `runs` hold, wha
     "gains under different seeds": (
         short("a 1.50 keep baseline", "a 1.58 keep baseline, SEED=43", "b 1.49 keep x", "b 1.53 keep x, SEED=43",
               "c **1.40** keep y"), {"gain": [NAN, NAN, 0.03, NAN, 0.09]}, "Total gain: 0.120000, 7.79% of the"),
+    "names in the place of hashes": (
+        short("experiment-1 1.4 keep baseline", "experiment-2 1.45 discard x", "experiment-3 1.3 keep y",
+              "tried/abc1235 1.29 keep z", "HEAD 1.5 discard w", "HEAD 1.6 discard v"),
+        {"key": ["experiment-1", "experiment-2", "experiment-3", "abc1235", "run 5", "run 6"],
+         "best": [1.4, 1.4, 1.3, 1.29, 1.29, 1.29]}, "Best: abc1235, val_bpb 1.290000 (n = 1): z"),
+    "scores that cannot be read": (
+        log(BASELINE, "abc1236\t1.40 (seed 42)\t1.0\tkeep\tx", "abc1237\t-1.4\t1.0\tkeep\ty", CRASH),
+        {"kept": [True, False, False, False]}, "are not counted (2): 1.40 (seed 42); -1.4"),
+    "a keep that a later row takes back": (
+        short("a 1.5 keep baseline", "b 0.4 keep x", "b 0.4 discard x was a leak", "c 1.4 keep y"),
+        {"kept": [True, False, False, True], "gain": [NAN, NAN, 1.1, 0.1]}, "Best: c, val_bpb 1.400000 (n = 1): y"),
     "a run on a slow machine": (
         short("a 1.5 keep baseline", "b 1.6 discard slow machine", "c 1.4 keep x"), {}, "Kept: 1 of 1 changes (100%)"),
     "quotes": (short('a 1.5 keep "a ""b"" c"', 'b 1 keep "x", "y"'), {"description": ['a "b" c', '"x", "y"']}, ""),
@@ -187,13 +198,14 @@ def test_verdicts_that_contradict_their_score_are_listed(execute):
     (["a 1.5 keep baseline", "b 1.4 keep x", "c 9.6 discard y", "d 1.52 discard z"], {"above 1.5200 (1)"}),
     (["a 1.10 keep baseline", "b 1.21 discard x", "c 1.18 discard y", "d 1.33 discard z"], set()),
     (["a 1.0 keep baseline", "b 1.2 keep x", "c 0.99 keep y"], set()),
+    (["a 1.50 keep baseline", "b 0.3 discard a leak", "c 1.4 keep x", "d 1.52 discard y"], {"below 1.4000 (1)"}),
 ])
 def test_most_scores_lie_inside_the_picture_outliers_are_counted_and_kept_runs_are_green(rows, over, execute):
     names = execute(short(*rows, "e - crash broke"))
     labels = {text.get_text() for text in names["figure"].legends[0].get_texts()}
-    assert {label for label in labels if "above" in label} == over and "no score (1)" in labels
+    assert {label for label in labels if "above" in label or "below" in label} == over and "no score (1)" in labels
     dots = {tuple(xy): mark.get_facecolor()[0] for mark in names["axes"].collections for xy in mark.get_offsets()}
-    for number, run in names["finished"].query("val_bpb < 9").iterrows():
+    for number, run in names["finished"].query("0.5 < val_bpb < 9").iterrows():
         assert to_hex(dots[number, run["val_bpb"]]) == names["GREEN" if run["kept"] else "GREY"]
 
 

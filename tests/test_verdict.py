@@ -100,6 +100,30 @@ note: if the change does not explain that speed, it is a `slow machine`
 verdict: keep"""
 
 
+def test_commits_that_are_not_behind_head_are_neither_baseline_nor_best(night, monkeypatch):
+    """results.tsv is not in git: another branch's rows, or those of a commit that was reworded, stay in it."""
+    git, others = prepare._git, {"otherba", "otherbe"}
+    monkeypatch.setattr(prepare, "_git", lambda *asked: git(*asked) if others.isdisjoint(asked) else None)
+    night.baseline("otherba", 1.30, 1.38, 1.32, 1.38)
+    night.run("otherbe", 42, 1.20)
+    night.row("keep")
+    assert night.verdict(1.40) == "keep" and "best basebas" in prepare.verdict()
+    assert "note: otherbe is kept last in results.tsv" in prepare.verdict()
+
+
+def test_a_keep_that_a_later_row_takes_back_is_not_best(night):
+    night.run("leakyle", 42, 0.4)
+    night.row("keep", "too good")
+    assert "best leakyle" in prepare.verdict()
+    night.row("discard", "was a leak")
+    assert night.verdict(1.40) == "keep" and "best basebas" in prepare.verdict()
+
+
+def test_an_attempt_on_another_machine_is_told_from_a_baseline(night):
+    assert night.verdict(1.40, device="other").startswith("baseline: 3 more runs of newnewn")
+    assert prepare.verdict().startswith("note: the baselines of results.tsv ran on another machine")
+
+
 def test_a_run_that_drew_no_training_text_is_not_kept(night):
     assert night.verdict(1.2, tokens=0) == "discard"
     assert "note: newnewn drew no batch of the split train" in prepare.verdict()
@@ -135,7 +159,7 @@ def test_a_kept_row_without_a_run_is_named_since_the_last_step_would_restore_it(
     night.head = "1.23e+06"
     night.row("keep")
     assert night.verdict(1.40) == "keep"
-    assert "note: 1.23e+06 is kept last in results.tsv, and has no such run under SEED=42\n" in prepare.verdict()
+    assert "note: 1.23e+06 is kept last in results.tsv, but has no such run under SEED=42" in prepare.verdict()
 
 
 def test_missing_evidence_is_named(monkeypatch):
