@@ -155,7 +155,7 @@ def active_contract(named: str | None = None) -> tuple[Contract, str]:
         raise Failure(f"no contract is named {name!r} ({why}); use one of: {', '.join(CONTRACTS)}")
     contract = CONTRACTS[name]
     if seconds := os.environ.get("AUTORESEARCH_TIME_BUDGET"):
-        if not re.fullmatch(r"\d*\.?\d+", seconds) or float(seconds) == 0:
+        if not re.fullmatch(r"\d*\.?\d+", seconds) or not 0 < float(seconds) < math.inf:
             raise Failure(f"AUTORESEARCH_TIME_BUDGET is {seconds!r}; give seconds, or unset it")
         if float(seconds) != contract.time_budget:  # else 60.0 would not be 60 in the fingerprint
             why += f", with AUTORESEARCH_TIME_BUDGET {seconds} s instead of {contract.time_budget}"
@@ -203,6 +203,8 @@ def _write(path: Path, pieces: Iterable[bytes]) -> None:
     try:
         with open(temporary, "wb") as file:
             file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the name and not the bytes
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -245,7 +247,7 @@ def _noted_sums(contract: Contract) -> dict[str, str]:
 def _noted_shards(contract: Contract) -> int:
     """Training shards that were prepared last; DEFAULT_SHARDS where no number says so."""
     noted = _read(contract.folder / "shards").strip()
-    return int(noted) if re.fullmatch("[1-9][0-9]*", noted) else DEFAULT_SHARDS
+    return int(noted) if re.fullmatch("[1-9][0-9]{0,8}", noted) else DEFAULT_SHARDS
 
 
 def _progress(label: str, total: float | None, unit: str) -> tqdm.tqdm:
@@ -306,6 +308,8 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
         raise Failure(f"cannot reach {_host(base)} ({_cause(error)}).\n{offline}") from error
     except (requests.RequestException, ValueError):
         size = 0  # it does not say
+    except OSError as error:  # REQUESTS_CA_BUNDLE names no file, say
+        raise Failure(f"cannot ask {_host(base)} ({_cause(error)})") from error
     need, free = 2.5 * size / 1e9, shutil.disk_usage(folder).free / 1e9  # text, and its tokens
     if need > free:
         raise Failure(f"about {need:.1f} GB needed, {free:.1f} GB free in {folder}. Free some, ask "
@@ -921,7 +925,7 @@ class _Run:
             library = os.path.dirname(os.__file__)  # Python's own, which may be installed here
             own = (file for file in files if file.startswith(f"{HERE}{os.sep}")
                    and "site-packages" not in file and not file.startswith(library))
-            changed = _git("status", "--porcelain", "--ignored", "--", str(SCRIPT), *own)
+            changed = _git("status", "--porcelain", "--ignored", "-uall", "--", str(SCRIPT), *own)
             dirty = None if changed is None else changed != ""
         return {
             "commit": commit, "dirty": dirty,
@@ -933,8 +937,11 @@ class _Run:
     def begin(self, shards: int) -> None:
         self.facts.update(seed=torch.initial_seed(), shards=shards)  # before either can change
         try:
-            with open(EVIDENCE, "ab") as file:
-                if EVIDENCE.read_bytes()[-1:] not in b"\n":  # an editor took the last line end away
+            if EVIDENCE.exists() and not EVIDENCE.is_file():
+                raise OSError("it is no plain file")
+            with open(EVIDENCE, "a+b") as file:
+                file.seek(max(file.tell() - 1, 0))
+                if file.read() not in b"\n":  # an editor took the last line end away
                     file.write(b"\n")
         except OSError as error:
             raise Failure(f"cannot write the record of this run, {EVIDENCE} ({error})") from error
@@ -948,9 +955,13 @@ class _Run:
 
     def watch(self) -> None:
         """End a run that hangs, so that it does not stop the night: tracebacks, then the reason."""
-        while time.monotonic() - (self.alive or time.monotonic()) < HANG_SECONDS:
-            time.sleep(min(1, HANG_SECONDS / 4))
-        faulthandler.dump_traceback(file=sys.__stderr__)
+        waited, seen, nap = 0.0, None, min(1, HANG_SECONDS / 4)
+        while waited < HANG_SECONDS:  # not by the clock, which goes on while a process is stopped
+            waited = waited + nap if self.alive and self.alive == seen else 0.0
+            seen = self.alive
+            time.sleep(nap)
+        with contextlib.suppress(Exception):  # stderr may be closed
+            faulthandler.dump_traceback(file=sys.__stderr__)
         print(f"FAIL: for {HANG_SECONDS} s no batch was drawn and none was scored: the run hangs "
               "where the tracebacks above say. If a step takes that long, make it smaller",
               file=sys.__stderr__, flush=True)
@@ -984,8 +995,10 @@ _RUN = _Run()
 def _git(*arguments: str) -> str | None:
     """What git says in this repo, or None if it does not answer."""
     command, quiet = ["git", "-C", HERE, *arguments], subprocess.DEVNULL
+    other = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # of the repo whose hook runs this, say
+    env = {name: value for name, value in os.environ.items() if name not in other}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.check_output(command, stderr=quiet, text=True, timeout=10).strip()
+        return subprocess.check_output(command, stderr=quiet, text=True, timeout=10, env=env).strip()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -1030,7 +1043,8 @@ def verdict() -> str:
     if ledger and (not rows or "\0" in ledger):  # UTF-16
         raise Failure("results.tsv has no cells with tabs between them; save it as text with tabs")
     for line in _read(HERE / "runs.jsonl", "replace").splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # no line of ours, or cut off
+        # No line of ours, or cut off
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
             run = {"script": "train.py", "evaluation": 1} | json.loads(line)
             if (run["script"], run["dirty"], run["split"]) == ("train.py", False, "val"):
                 runs.append(run | {"commit": run["commit"][:7], "bpb": round(run["bpb"], 6),

@@ -812,7 +812,7 @@ def main():
     print(prepare.describe(contract, why))
     split, T, budget = prepare.active_split(), contract.max_seq_len, contract.time_budget
     seed = os.environ.get("SEED") or "42"
-    fine = seed.isdecimal() and int(seed) < 2**63
+    fine = seed.isdecimal() and len(seed) < 20 and int(seed) < 2**63
     demand(fine, "SEED", seed, "a whole number below 2**63, or unset it")
     seed = int(seed)
 

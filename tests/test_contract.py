@@ -71,7 +71,8 @@ def test_the_fingerprint_changes_with_budget_tokenizer_and_exam(tiny, monkeypatc
 
 
 @pytest.mark.parametrize("name, value", [
-    ("AUTORESEARCH_CONTRACT", "nonsense"), ("AUTORESEARCH_TIME_BUDGET", "-3"), ("AUTORESEARCH_TIME_BUDGET", "soon")])
+    ("AUTORESEARCH_CONTRACT", "nonsense"), ("AUTORESEARCH_TIME_BUDGET", "-3"), ("AUTORESEARCH_TIME_BUDGET", "soon"),
+    ("AUTORESEARCH_TIME_BUDGET", "9" * 400)])
 def test_a_bad_variable_is_named_in_one_line_with_its_value(name, value, command, monkeypatch):
     monkeypatch.setenv(name, value)
     output = command(code=1)

@@ -165,6 +165,7 @@ def test_a_lasting_fault_names_every_file_and_why_and_the_next_run_gets_only_wha
     ("http_proxy", "http://me:hush@127.0.0.1:9", "(?s)cannot reach hub.example.*refused"),
     ("http_proxy", "http://me:h/hush@127.0.0.1:9", "http_proxy is no address"),
     ("http_proxy", "http://me:h#hush@127.0.0.1:9", "http_proxy is no address"),
+    ("REQUESTS_CA_BUNDLE", "/nonexistent", "\nFAIL: cannot ask hub.example .*TLS CA"),
     ("redirect", "http://127.0.0.1:9/x?sig=hush", f"{SHARDS[0]}: .*127.0.0.1:9: .*refused"),
     ("redirect", "http://cdn[/hush", f"{SHARDS[0]}: .*Invalid"),
     ("redirect", "ftp://me:hush@cdn/x?sig=hush", f"{SHARDS[0]}: .*No connection adapters"),
@@ -175,7 +176,7 @@ def test_an_address_that_leads_nowhere_ends_in_words_without_its_secret(
     if where == "redirect":
         hub.always[SHARDS[0]] = status(302, hashes=False, Location=address)
     else:
-        monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
+        monkeypatch.setenv("HF_ENDPOINT", "https://hub.example" if "CA" in where else "http://hub.example")
         monkeypatch.setenv(where, address)
     output = command(code=1)
     assert re.search(words, output) and not re.search("hush|me:", output), output

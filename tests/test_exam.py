@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -514,6 +515,8 @@ def test_what_a_script_imports_from_here_is_part_of_it_and_a_script_elsewhere_or
     commit(tmp_path, ("prepare.py", (ROOT / "prepare.py").read_text()), ("conf.py", "LR = 1"),
            ("train.py", FACTS), ("old/train.py", FACTS + "# another"))
     (tmp_path / "try2.py").write_text(FACTS + "# a copy")
+    subprocess.run(["git", "config", "status.showUntrackedFiles", "no"], cwd=tmp_path, check=True)
+    monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))  # as in a hook of another repo
     (tmp_path / "python").mkdir()  # installed in the clone, it is no part of the script
     (tmp_path / "python" / "of_python.py").touch()
     monkeypatch.setattr(os, "__file__", str(tmp_path / "python" / "os.py"))
@@ -609,6 +612,24 @@ def test_a_run_that_hangs_ends_with_the_tracebacks_of_all_threads_and_then_the_r
     assert (codes, out) == ([1], "") and err.count("in hangs_here") == 2
     assert err.splitlines()[-1].startswith("FAIL: for 1 s no batch was drawn and none was scored")
     assert evidence() == []
+
+
+def test_with_stderr_closed_a_run_that_hangs_ends_too(hasty, forked, monkeypatch):
+    monkeypatch.setattr(sys, "__stderr__", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert forked(lambda: (next(hasty[0]), time.sleep(60)))[0] == [1]
+
+
+def test_a_run_that_was_stopped_for_longer_goes_on(hasty, forked):
+    def job():
+        next(hasty[0])
+        time.sleep(0.3)
+        subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.4)
+        hasty[0].close()
+
+    assert forked(job) == ([0], "", "")
 
 
 def test_a_slow_run_that_lives_is_not_ended_nor_one_that_is_over(hasty, forked):

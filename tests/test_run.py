@@ -344,6 +344,7 @@ def test_a_diverged_run_ends_at_once_with_the_loss_and_the_step(loss, shown, ste
     ("TOTAL_BATCH_SIZE", 288, "DEVICE_BATCH_SIZE (8) x MAX_SEQ_LEN (32) = 256"),
     ("WINDOW_PATTERN", "SXL", "S and L only"), ("ATTENTION", "flash", "use auto or sdpa"),
     ("SEED", "-1", "whole number below 2**63, or unset"), ("SEED", str(2**64), "whole number"),
+    ("SEED", "9" * 5000, "whole number"),
     ("AUTORESEARCH_SPLIT", "train", "val or test"),
 ])
 def test_a_bad_knob_ends_in_one_line_with_the_remedy_before_data_is_touched(knob, value, remedy, small, monkeypatch):
