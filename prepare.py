@@ -568,12 +568,15 @@ def read_documents(contract: Contract, parts: list[Part], bos: int) -> Iterator[
     for name, start, stop in parts:
         path = contract.folder / "token_ids" / f"{name}.bin"
         try:
-            if not path.stat().st_size:
+            rows = pq.read_metadata(contract.folder / "parquet" / name).num_rows
+            if not path.stat().st_size and not rows:
                 continue
             tokens = np.asarray(np.memmap(path, np.uint16, "r"))  # a memmap is slow to slice
-        except (OSError, ValueError) as error:
+            starts = np.flatnonzero(tokens == bos)
+            if len(starts) != rows:  # copied to a disk that was full, say
+                raise ValueError(f"{len(starts):,} documents, and {rows:,} in its text")
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise _unreadable(path, error) from error
-        starts = np.flatnonzero(tokens == bos)
         stops = np.append(starts[1:], len(tokens))
         for begin, end in zip(starts[start:stop].tolist(), stops[start:stop].tolist()):
             yield tokens[begin:end]

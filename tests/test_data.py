@@ -226,10 +226,13 @@ def test_a_complete_cache_is_left_alone_and_what_is_gone_or_spoilt_is_made_again
         sums.write(f"{'0' * 64}  parquet/{SHARDS[0]}\n")
     command()
     assert (cache / "parquet" / SHARDS[0]).exists()
-    (cache / "token_ids" / f"{SHARDS[0]}.bin").write_bytes(b"odd")
-    with pytest.raises(prepare.Failure, match=f"cannot read .*{SHARDS[0]}.bin .*delete it"):
-        next(prepare.make_dataloader(prepare.Tokenizer.from_directory(), 1, 32, "train"))
-    (cache / "token_ids" / f"{SHARDS[0]}.bin").unlink()
+    tokens, text = cache / "token_ids" / f"{SHARDS[0]}.bin", cache / "parquet" / SHARDS[0]
+    for left in (b"odd", tokens.read_bytes()[: tokens.stat().st_size // 4 * 2], b""):
+        tokens.write_bytes(left)
+        os.utime(tokens, ns=(text.stat().st_mtime_ns,) * 2)  # as of a copy that filled the disk
+        with pytest.raises(prepare.Failure, match=f"cannot read .*{SHARDS[0]}.bin .*delete it"):
+            next(prepare.make_dataloader(prepare.Tokenizer.from_directory(), 1, 32, "train"))
+    tokens.unlink()
     ends_well()
     for path in (cache / name for name in ("val.bin", "test.bin", "tokenizer.tiktoken")):
         path.write_bytes(acts.flipped(path.read_bytes()))
