@@ -840,8 +840,8 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
                 raise ExamError(
                     f"the model {what}: the log-probability of a target moves by up to {nats:.3g} "
                     f"nats, at position {position} (limit {limit}), and the score by "
-                    f"{worth:.4f} bits per byte (limit {LEAK_BPB}). Dropout or a statistic that goes on "
-                    "in the exam can look like that, too")
+                    f"{worth:.4f} bits per byte (limit {LEAK_BPB}). Dropout or a statistic that "
+                    "goes on in the exam can look like that, too")
         return torch.cat(nll)
     finally:
         module.train(modes[module])
@@ -997,11 +997,12 @@ _RUN = _Run()
 
 def _git(*arguments: str) -> str | None:
     """What git says in this repo, or None if it does not answer."""
-    command, quiet = ["git", "-C", HERE, *arguments], subprocess.DEVNULL
     other = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # of the repo whose hook runs this, say
     env = {name: value for name, value in os.environ.items() if name not in other}
+    command, quiet = ["git", "-C", HERE, *arguments], subprocess.DEVNULL
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.check_output(command, stderr=quiet, text=True, timeout=10, env=env).strip()
+        said = subprocess.check_output(command, stderr=quiet, text=True, timeout=10, env=env)
+        return said.strip()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
