@@ -111,6 +111,15 @@ def test_commits_that_are_not_behind_head_are_neither_baseline_nor_best(night, m
     assert "note: otherbe is kept last in results.tsv" in prepare.verdict()
 
 
+def test_memory_beyond_twice_the_baselines_is_paid_for_once(night):
+    night.run("largela", 42, 1.10, memory=3000)
+    night.row("keep")
+    assert night.verdict(1.05, memory=3010) == "keep"
+    night.row("keep")
+    night.run("largerl", 42, 1.00, memory=3300)
+    assert prepare.verdict().endswith("discard")
+
+
 def test_a_keep_that_a_later_row_takes_back_is_not_best(night):
     night.run("leakyle", 42, 0.4)
     night.row("keep", "too good")
