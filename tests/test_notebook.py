@@ -86,6 +86,7 @@ INPUTS = {  # name: (file, runs, of which with a score, best)
     "a byte order mark": (b"\xef\xbb\xbf" + log(BASELINE, BETTER).encode(), 2, 2, 1.4),
     "odd characters": (log(BASELINE, f"{BETTER} $x_ \\frac{{ \"'<b>%s{{}} 中文 🚀 \x07\x0b\x85\u2028 µ"), 2, 2, 1.4),
     "bytes that are not UTF-8": (log(BASELINE).encode() + b"abc1236\t1.4\t1.0\tkeep\t\xff\xfe\n", 2, 2, 1.4),
+    "UTF-16, as some programs save it": (log(BASELINE).encode("utf-16"), 1, 1, 1.5),
     "a long night": (night(), 126, 116, 0.8984), "a real night": (NIGHT, 19, 19, 1.123850),
 }
 
