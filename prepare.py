@@ -1061,7 +1061,7 @@ def verdict() -> str:
         return [run.get(what) or 1 for run in runs if (run["commit"], run["seed"]) == key]
 
     def comparable(commit: str) -> bool:
-        return bool(of(commit[:7], 42))
+        return bool(of(commit, 42))
 
     def behind(commit: str) -> bool:
         return _git("merge-base", "--is-ancestor", commit, "HEAD") is not None
@@ -1074,25 +1074,29 @@ def verdict() -> str:
     every = runs
     for same in ("contract", "device", "shards", "torch", "prepare_sha256"):
         runs = [run for run in runs if (run.get(same) or 1) == of(head, 42, same)[-1]]
-    baseline = re.compile(r"(new )?baseline(\W*|\W*\d+\W*|\W+(again|re-?run|runs?|seed|default|"
-                          r"unchanged|unmodified|original|no change).*)")
+    baseline = re.compile(r"((new|first|initial|the) )?baseline(\W*|\W*\d+\W*|\W+(again|re-?run|runs?|seed|n|on|"
+                          r"for|of|default|unchanged|unmodified|original|no change)\b.*)")
     named = [row[0][:7] for row in reversed(rows) if baseline.fullmatch(row[4])]  # the last first
     usable = [*filter(comparable, named)]
     base = next(filter(behind, usable), usable[0] if usable else head)
     missing = [f"SEED={seed}" for seed in (42, 43) for _ in range(2 - len(of(base, seed)))]
     if missing:
         more = f"{len(missing)} more run{'s' * (len(missing) > 1)}"
-        ran = {run["commit"] for run in every} & set(named) - {base}
-        note = ("note: the baselines of results.tsv ran on another machine, contract, torch or "
-                "prepare.py. Is HEAD an attempt? Step 7 then, and a new baseline\n") * bool(ran)
+        note = ""
+        if {run["commit"] for run in every} & set(named) - {*usable}:
+            note = ("note: the baselines of results.tsv ran on another machine, contract, torch or "
+                    "prepare.py. Is HEAD an attempt? Step 7 then, and a new baseline\n")
+        elif not named and any(row[3][:4] in ("keep", "kept") for row in rows):
+            note = "note: no row of results.tsv has the text `baseline`\n"
         return f"{note}verdict: baseline: {more} of {base}: {', '.join(missing)}"
 
     runs = list(itertools.dropwhile(lambda run: run["commit"] != base, runs))  # this session's
     if not of(head, 42):
         return f"verdict: run SEED=42 ({head} has no run since the baseline, {base}, was run)"
-    last = {row[0][:7]: row[3][:4] for row in rows}  # a later row may take a keep back
-    kept = [row[0] for row in reversed(rows) if last[row[0][:7]] in ("keep", "kept")] + [base]
-    best = next(filter(behind, filter(comparable, kept)), base)[:7]
+    # A later row may take a keep back. A crash does not, nor does a re-run make an old commit last
+    last = {row[0][:7]: row[3][:4] for row in rows if row[3][:4] in ("keep", "kept", "disc")}
+    kept = [commit for commit in reversed(last) if last[commit] in ("keep", "kept")] + [base]
+    best = next(filter(behind, filter(comparable, kept)), base)
     equal = [key for key in {(run["commit"], run["seed"]) for run in runs} if len(of(*key)) > 1]
     noise = 1.5 * max(np.ptp(of(*key)) for key in equal)
     jitter = max(1 - min(of(*key, "tokens")) / max(of(*key, "tokens")) for key in equal)
@@ -1134,7 +1138,7 @@ def verdict() -> str:
     note = f"note: {head} evaluates more than once; the first score of a run counts\n" * again
     note += f"note: {head} trained for {took:g} s, the baseline for {budget:g} s\n" * late
     note += f"note: {head} drew no batch of the split train: what did it learn from?\n" * blind
-    if kept[0][:7] != best:
+    if kept[0] != best:
         note += (f"note: {kept[0]} is kept last in results.tsv, but has no such run under SEED=42 "
                  "or is not behind HEAD\n")
     speed = ": SLOWER" if min(tokens) < -apart else ": FASTER" if faster else ""

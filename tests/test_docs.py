@@ -347,6 +347,10 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
     do("printf '%s\\t", "status=keep text=smaller")
     assert results.read_text().endswith(f"{smaller}\t0.500000\t2.0\tkeep\tsmaller, SEED=43\n")
 
+    # A baseline measured again is not the last that was kept, and a re-run that broke off takes no keep back
+    with open(results, "a") as ledger:
+        ledger.write(f"{baseline}\t1.5\t1.0\tkeep\tbaseline again\n{smaller}\t\t\tcrash\tre-run\n")
+
     # The machine had been slower: an amended attempt begins without scores, a new baseline is a commit of its own
     slow = attempt(train_py.read_text() + "# slow\n")
     pretend("0.900000")
@@ -355,6 +359,7 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
     slow, first = head(), slow
     assert slow != first
     do("git reset -q")
+    assert head() == smaller
     shell(inline("git commit -q --only --allow-empty"), folder, env)
     shell(inline("git cherry-pick").replace("HASH", slow), folder, env)
     assert train_py.read_text().endswith("# slow\n")
@@ -362,6 +367,6 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
     # What the human finds in the morning: kept commits in the log, every run in the table, nothing of it committed
     assert shell("git log --format=%h --abbrev=7 HEAD~2", folder, env).split()[:3] == [smaller, better, baseline]
     assert [row.split("\t")[3] for row in results.read_text().splitlines()[2:]] == [
-        *["keep"] * 4, "discard", *["crash"] * 3, "keep", "discard", "keep", "keep"]
+        *["keep"] * 4, "discard", *["crash"] * 3, "keep", "discard", *["keep"] * 3, "crash"]
     assert shell("git status --short", folder, env) == " M README.md\n"
     assert used == set(blocks(PROGRAM)), "a block of program.md is not part of this session"

@@ -128,6 +128,21 @@ def test_a_keep_that_a_later_row_takes_back_is_not_best(night):
     assert night.verdict(1.40) == "keep" and "best basebas" in prepare.verdict()
 
 
+def test_a_rerun_that_breaks_off_and_an_old_commit_measured_again_leave_the_best_what_it_is(night):
+    night.run("bestbes", 42, 1.40)
+    night.row("keep")
+    night.row("crash", "re-run, SEED=43")
+    night.head = "basebas"
+    night.row("keep", "baseline again")
+    assert night.verdict(1.45) == "discard" and "best bestbes" in prepare.verdict()
+
+
+def test_a_second_session_on_the_same_machine_needs_a_baseline_and_no_note(night):
+    night.run("morning", 42, 1.5)
+    night.row("keep", "baseline")
+    assert prepare.verdict() == "verdict: baseline: 3 more runs of morning: SEED=42, SEED=43, SEED=43"
+
+
 def test_an_attempt_on_another_machine_is_told_from_a_baseline(night):
     assert night.verdict(1.40, device="other").startswith("baseline: 3 more runs of newnewn")
     assert prepare.verdict().startswith("note: the baselines of results.tsv ran on another machine")
@@ -165,10 +180,16 @@ def test_a_run_that_trained_for_longer_than_the_baseline_is_discarded_and_says_w
 
 
 def test_a_kept_row_without_a_run_is_named_since_the_last_step_would_restore_it(night):
-    night.head = "1.23e+06"
+    night.head = "1.2e+06"
     night.row("keep")
     assert night.verdict(1.40) == "keep"
-    assert "note: 1.23e+06 is kept last in results.tsv, but has no such run under SEED=42" in prepare.verdict()
+    assert "note: 1.2e+06 is kept last in results.tsv, but has no such run under SEED=42" in prepare.verdict()
+
+
+def test_a_ledger_in_which_nothing_is_called_baseline_is_said(night):
+    Path("results.tsv").write_text(Path("results.tsv").read_text().replace("\tbaseline", "\tunchanged"))
+    assert night.verdict(1.40).startswith("baseline: 3 more runs of newnewn")
+    assert prepare.verdict().startswith("note: no row of results.tsv has the text `baseline`\n")
 
 
 def test_missing_evidence_is_named(monkeypatch):
@@ -203,7 +224,8 @@ def test_other_contracts_splits_edited_files_second_exams_broken_lines_and_earli
     assert night.verdict() == "keep" and "noise: 0.001500" in prepare.verdict()
 
 
-@pytest.mark.parametrize("text", ["baseline 2", "Baseline (unchanged)", "new baseline", "baseline run 1, SEED=43"])
+@pytest.mark.parametrize("text", ["baseline 2", "Baseline (unchanged)", "new baseline", "baseline run 1, SEED=43",
+                                  "Initial baseline", "baseline on an H200", "baseline (n=1)"])
 def test_a_baseline_may_be_said_in_other_words_but_not_an_idea_that_follows_it(monkeypatch, text):
     night = Night(monkeypatch)
     night.baseline("basebas", 1.50, 1.58, 1.52, 1.58)
@@ -211,6 +233,7 @@ def test_a_baseline_may_be_said_in_other_words_but_not_an_idea_that_follows_it(m
     ledger.write_text(ledger.read_text().replace("\tbaseline", f"\t{text}"))
     night.run("another", 42, 1.40)
     night.row("keep", "baseline, deeper")
+    assert "note: " not in prepare.verdict()
     assert night.verdict(1.39) == "run BEST under SEED=43 (another; after it, this one)"
 
 
