@@ -50,6 +50,7 @@ import shutil
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1162,7 +1163,7 @@ tokens trained: {", ".join(f"{by:+.1%}" for by in tokens)}, equal runs differ by
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call a script's main; a failure, Ctrl-C and a closed pipe end in a line at most."""
+    """Call a script's main; whatever ends it, the last line says why in short."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed
     for stream in (sys.stdout, sys.stderr):  # in order in one log, and no character stops a run
         if hasattr(stream, "reconfigure"):
@@ -1182,6 +1183,9 @@ def run_main(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as error:  # its message may be longer than what is read of a log
+        traceback.print_exc()
+        sys.exit(f"FAIL: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def describe(contract: Contract, why: str) -> str:

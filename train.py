@@ -64,8 +64,8 @@ HEAD_DIM = {"cuda": 128, "mps": 64, "cpu": 64}
 HEADS_PER_KV_HEAD = {"cuda": 1, "mps": 1, "cpu": 1}  # query heads that share a key and value head
 TOTAL_BATCH_SIZE = {"cuda": 2**17, "mps": 2**14, "cpu": 2**11}  # tokens per optimizer step
 DEVICE_BATCH_SIZE = {"cuda": 32, "mps": 16, "cpu": 8}  # rows at once, at most; the exam's too
-# For this first share of TIME_BUDGET a step takes half of its tokens: early gradients are so much
-# alike that more steps teach more. 0.002 better on H200s in 150 s (n = 2)
+# For this first share of TIME_BUDGET a step takes half of its batches, rounded down: early
+# gradients are so much alike that more steps teach more. 0.002 better on H200s in 150 s (n = 2)
 HALF_BATCH_RATIO = {"cuda": 0.3, "mps": 0.0, "cpu": 0.0}
 WINDOW_PATTERN = {"cuda": "SSL", "mps": "L", "cpu": "L"}  # tiled over the layers; the last is L
 # Channels that attention and MLP read a position late: 0.02 better in the demo (n = 5), 0.004
@@ -74,7 +74,7 @@ SHIFTED_CHANNELS = {"cuda": 0, "mps": 0, "cpu": 32}
 BIGRAM_ROWS = {"cuda": 2**22, "mps": 2**17, "cpu": 2**17}  # hashed bigrams, and trigrams; 0: none
 COMPILE = {"cuda": True, "mps": False, "cpu": False}  # a CPU needs a C++ compiler, and minutes
 
-# Model. Values: those that the published design's agent found overnight, then our own
+# Model
 SHORT_WINDOW = 128  # keys before its own that a query of an S layer sees; L layers see all
 ROPE_BASE = 200_000
 Q_SCALE = 1.3  # q and k are normed; this sharpens attention
@@ -85,7 +85,7 @@ ATTENTION = "auto"  # or the one to try: "fa3", "varlen", "sdpa"
 
 # Optimizer
 MATRIX_LR = 0.024  # Muon
-MUON_MOMENTUM = (0.85, 0.95)  # first step, after MUON_RAMP steps
+MUON_MOMENTUM = (0.85, 0.95)  # at step 0, from step MUON_RAMP on
 MUON_RAMP = 200
 MUON_BETA2 = 0.95
 MUON_WEIGHT_DECAY = 0.2  # falls linearly to 0
@@ -133,7 +133,7 @@ FA3_ALLOWED: list[str] = []  # publishers whose kernels may run though the hub d
 HUB_SECONDS = 120  # a hub that accepts and never answers must not hang the run
 
 
-# Query t sees keys max(0, t - window) to t: q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H, D)
+# Each way: q (B, T, H, D), k, v (B, T, Hkv, D) -> (B, T, H, D); query t sees keys t - window to t
 def attention_fa3(flash_attn_func, q, k, v, window):
     window = -1 if window >= q.size(1) - 1 else window
     y = flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
@@ -385,14 +385,14 @@ class GPT(nn.Module):
         """Fill the weights from torch's random state; those not named here stay as made."""
         bound = (3 / self.config.n_embd) ** 0.5  # for a standard deviation of n_embd ** -0.5
         for name, p in self.named_parameters():
-            path = [part for part in name.removesuffix(".weight").split(".") if not part.isdigit()]
-            if path[-1] == "wte":
+            *_, part = (s for s in name.removesuffix(".weight").split(".") if not s.isdigit())
+            if part == "wte":
                 p.normal_(0, 1)
-            elif path[-1] == "lm_head":
+            elif part == "lm_head":
                 p.normal_(0, 0.001)
-            elif path[-1] in ("c_q", "c_k", "c_v", "c_fc", "value_embeds"):
+            elif part in ("c_q", "c_k", "c_v", "c_fc", "value_embeds"):
                 p.uniform_(-bound, bound)
-            elif path[-1] in ("c_proj", "ve_gate", "attn_gate", "ngrams", "bigram_value_embeds"):
+            elif part in ("c_proj", "ve_gate", "attn_gate", "ngrams", "bigram_value_embeds"):
                 p.zero_()
 
     def embed(self, idx, ngrams, bigram_value):
@@ -431,11 +431,12 @@ class GPT(nn.Module):
             bigram_value = self.bigram_value_embeds(bigrams)
         x0, value_embeds = self.embed(idx, ngrams, bigram_value)
         x = x0.clone()  # where x is x0, the first block would be compiled once more
-        for i, (block, *lambdas) in enumerate(zip(self.h, self.resid_lambdas, self.x0_lambdas)):
+        layers = zip(self.h, self.resid_lambdas, self.x0_lambdas, strict=True)
+        for i, (block, *lambdas) in enumerate(layers):
             ve = value_embeds.pop(0) if has_ve(i, self.config.n_layer) else None
             x = block(x, x0, ve, *lambdas, cos, sin)
             if targets is None and not self.training:  # the exam: keep no layer's activations
-                # With gradients on, see compile_parts; a clone, since an edit may work in place
+                # requires_grad_ spares a compilation (see compile_parts); an edit may work in place
                 x = x.detach().requires_grad_().clone()
         return self.head(x, targets)
 
@@ -558,7 +559,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        # What was changed, added or loaded since the last step reaches it, too
+        # What was changed or added since the last step reaches it, too
         self.adamw.state = self.state
         self.adamw.param_groups = [self.adamw.defaults | group for group in self.param_groups
                                    if group["kind"] == "adamw"]
@@ -571,14 +572,13 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.step_muon(group, params)
 
     def step_rows(self, group, params):
-        options = scalars(group, "lr", "beta2", "eps")
         for p in params:
             state = self.state[p]
             if not state:
                 state["step"], state["second_moment"] = 0, torch.zeros(p.size(0), device=p.device)
             state["step"] += 1
             self.rows_step(p, p.grad._indices()[0], p.grad._values(), state["second_moment"],
-                           **scalars(state, "step"), **options)
+                           **scalars(group | state, "step", "lr", "beta2", "eps"))
             # All rows decay, but not in each step: bfloat16 would round so small a change away
             if state["step"] % ROWS_DECAY_STEPS == 0:
                 p.mul_(1 - ROWS_DECAY_STEPS * group["lr"] * group["weight_decay"])
@@ -641,7 +641,7 @@ def parameter_groups(model):
                        "weight_decay": MUON_WEIGHT_DECAY})
     grouped = [id(p) for group in groups for p in group["params"]]
     if wrong := [name for name, p in model.named_parameters() if grouped.count(id(p)) != 1]:
-        raise prepare.Failure(f"parameter_groups must hold each of {', '.join(wrong)} once")
+        raise prepare.Failure(f"{', '.join(wrong)}: not in parameter_groups, or there twice")
     return [group | {"initial_lr": group["lr"], "initial_weight_decay": group["weight_decay"]}
             for group in groups if group["params"]]
 
@@ -707,8 +707,7 @@ def sizes(kind, seq_len, vocab_size):
     demand(GATE_CHANNELS in range(1, n_embd + 1), "GATE_CHANNELS", GATE_CHANNELS, f"1 to {n_embd}")
     demand(isinstance(SOFTCAP, (int, float)) and 0 < SOFTCAP <= 79, "SOFTCAP", SOFTCAP,
            "above 0 and at most 79, where a sum of 8192 exp still fits into float32")
-    for name in {"MUON_MOMENTUM", "ADAM_BETAS"} & set(globals()):
-        pair = globals()[name]
+    for name, pair in ("MUON_MOMENTUM", MUON_MOMENTUM), ("ADAM_BETAS", ADAM_BETAS):
         demand(isinstance(pair, (tuple, list)) and len(pair) == 2, name, pair, "a pair of numbers")
     demand(total % seq_len == 0, "TOTAL_BATCH_SIZE", total, f"a multiple of MAX_SEQ_LEN ({seq_len})")
     in_two = knob("HALF_BATCH_RATIO", kind) and total // seq_len % 2 == 0
@@ -726,12 +725,12 @@ def sizes(kind, seq_len, vocab_size):
 def build(config, device, dtype, compiled, seed):
     """(model, optimizer) on the device, initialised from the seed; tables in the compute dtype."""
     torch.manual_seed(seed)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then gives NaN
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # torch.empty then gives NaN
     with torch.device(device):
         model = GPT(replace(config, table_dtype=dtype))
-    torch.use_deterministic_algorithms(before)
-    torch.manual_seed(seed)
+    torch.set_deterministic_debug_mode(before)
+    torch.manual_seed(seed)  # again: what a new part drew above moves no other part's weights
     model.init_weights()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if empty := [name for name, tensor in tensors if tensor.isnan().any()]:
@@ -749,6 +748,7 @@ def train_step(model, optimizer, batches):
         loss = model(x, y) / len(batches)
         loss.backward()
         mean_loss = mean_loss + loss.detach()
+    # To clip, leave out the hashed tables: torch takes no norm of a list with sparse gradients
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return mean_loss
@@ -820,10 +820,12 @@ def main():
     device = prepare.default_device()
     kind = device.type
     config, total_batch_size, device_batch_size = sizes(kind, T, contract.vocab_size)
-    half_until = knob("HALF_BATCH_RATIO", kind)
+    half_until, next_but_one = knob("HALF_BATCH_RATIO", kind), knob("NEXT_BUT_ONE", kind)
     quick_start(kind)
     dtype = compute_dtype(device)
-    autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    # No cache: it would serve the weights as they were before a second step in one `with autocast`
+    autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16,
+                              cache_enabled=False)
     backend, reason = choose_attention(device, ATTENTION)
     name = prepare.device_name(device)
     print(f"device: {name}, {str(dtype).removeprefix('torch.')}\nattention: {backend} ({reason})")
@@ -875,9 +877,11 @@ def main():
     model, optimizer = new_model()  # no trace of warm-up
     n_params = sum(p.numel() for p in model.parameters())
     at_first = batches_per_step(grad_accum_steps, 0, half_until) * device_batch_size * T
-    print(f"model: {n_params / 1e6:.1f} M parameters, {config.n_layer} layers, width {config.n_embd}, "
-          f"{config.n_head} heads of {config.n_embd // config.n_head}; {total_batch_size:,} tokens per step"
-          + f", {at_first:,} until {half_until:.0%}" * (at_first < total_batch_size))
+    print(f"model: {n_params / 1e6:.1f} M parameters, {config.n_layer} layers, "
+          f"width {config.n_embd}, {config.n_head} heads of {config.n_embd // config.n_head}; "
+          f"{total_batch_size:,} tokens per step"
+          + f" ({at_first:,} until {half_until:.0%})" * (at_first < total_batch_size)
+          + f", {device_batch_size} rows at once")
     gc.freeze()  # collections look at nothing made so far
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -888,40 +892,34 @@ def main():
     words = f"{name} ".replace("-", " ")
     peak_flops = next((peak for card, peak in PEAK_FLOPS.items() if f"{card} " in words), None)
     log_seconds = max(LOG_SECONDS, budget / 100)  # a log stays under 20 kB
-    line = functools.partial(log_line, budget=budget, flops=flops, peak_flops=peak_flops)
     lag = 1 if kind == "cuda" else 0  # a GPU runs a step while the host reads the last one's loss
-    unread = []
-    step = drawn = logged = tokens = logged_tokens = 0  # tokens: of the steps whose loss was read
+    unread = []  # steps that were begun: (a function that reads the loss, tokens)
+    step = done = logged = tokens = logged_tokens = 0  # done, tokens: steps whose loss was read
     elapsed = logged_at = 0.0
     print(f"training for {budget:g} s")
     getattr(torch, kind).synchronize()  # torch.cuda's, torch.mps's or torch.cpu's, a no-op
     start = time.monotonic()
-    while elapsed < budget:
-        count = batches_per_step(grad_accum_steps, elapsed / budget, half_until)
-        batches = [next(loader) for _ in range(count)]
-        drawn += count * device_batch_size * T
-        set_schedules(optimizer, step, elapsed / budget)
-        model.next_but_one.fill_(knob("NEXT_BUT_ONE", kind) * max(0.0, 1 - 2 * elapsed / budget))
-        with autocast:
-            unread.append((on_host(train_step(model, optimizer, batches)), drawn))
-        step += 1
-        done = step - lag
-        if done:
-            read, tokens = unread.pop(0)
+    while elapsed < budget or unread:
+        if elapsed < budget:  # begin a step
+            count = batches_per_step(grad_accum_steps, elapsed / budget, half_until)
+            batches = [next(loader) for _ in range(count)]
+            set_schedules(optimizer, step, elapsed / budget)
+            model.next_but_one.fill_(next_but_one * max(0.0, 1 - 2 * elapsed / budget))
+            with autocast:
+                read = on_host(train_step(model, optimizer, batches))
+            unread.append((read, sum(x.numel() for x, *_ in batches)))
+            step += 1
+        if len(unread) > lag or elapsed >= budget:  # end one
+            read, taken = unread.pop(0)
+            done, tokens = done + 1, tokens + taken
             loss = finite(read(), done)
         elapsed = time.monotonic() - start
-        if done == 1 or done and elapsed - logged_at >= log_seconds:
-            print(line(done, loss, elapsed, done - logged, elapsed - logged_at,
-                       tokens - logged_tokens, batches[-1][2]))
+        last = elapsed >= budget and not unread
+        if done == 1 or last or done and elapsed - logged_at >= log_seconds:
+            print(log_line(done, loss, elapsed, done - logged, elapsed - logged_at,
+                           tokens - logged_tokens, batches[-1][2], budget, flops, peak_flops))
             logged, logged_at, logged_tokens = done, elapsed, tokens
             gc.collect()  # an edit may leave cycles, which hold activations
-    while unread:
-        read, tokens = unread.pop(0)
-        loss = finite(read(), step)
-    elapsed = time.monotonic() - start
-    if logged < step:
-        print(line(step, loss, elapsed, step - logged, elapsed - logged_at,
-                   tokens - logged_tokens, batches[-1][2]))
 
     # Exam and summary
     print(f"exam: {contract.eval_tokens:,} targets, and the probes")

@@ -297,7 +297,7 @@ def test_the_first_steps_take_half_of_the_tokens_and_each_token_counts_once(rows
     assert counts == [1, 2, 2] + [1, 1, 2, 2]  # warm-up has compiled both
     assert [shapes for _, shapes in seen] == [[(8, 32)] * count for count in counts[-4:]]
     first, last = step_lines(output := capsys.readouterr().out)
-    assert "; 512 tokens per step, 256 until 50%\n" in output
+    assert "; 512 tokens per step (256 until 50%), 8 rows at once\n" in output
     assert "tok/sec: 1,024 |" in first and "tok/sec: 1,707 |" in last  # 256 in 0.25 s, 1,280 in 0.75 s
     (line,) = evidence()
     assert line["tokens"] == 6 * 256 and summary_of(output)["total_tokens_M"] == "0.002"
@@ -465,6 +465,15 @@ def test_a_closed_stdout_stops_nothing(monkeypatch):
     ran = []
     prepare.run_main(lambda: ran.append(print("a line")))
     assert ran == [None]
+
+
+def test_an_error_of_many_lines_is_said_in_short_below_its_traceback(steps, monkeypatch, capsys):
+    """Clipping by a norm, say, when a table has a sparse gradient: torch names every backend that it has."""
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    monkeypatch.setattr(train, "sizes", lambda *_: torch.nn.utils.clip_grad_norm_(table.parameters(), 1.0))
+    assert len(words := failure()) < 250 and words.startswith("FAIL: NotImplementedError: Could not run 'aten::")
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_log_line_has_the_form_of_the_specification():
