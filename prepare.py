@@ -22,10 +22,12 @@ fingerprint or the hash in runs.jsonl shows.
 """
 
 import importlib.util
+import os
 import sys
 
 if __name__ == "__main__":  # else a profile.py, say, beside this file would replace Python's own
-    sys.path.append(sys.path.pop(0))
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [path for path in sys.path if path != here] + [here]
     if not importlib.util.find_spec("rustbpe"):
         sys.exit("FAIL: the packages are not in this Python. Start with `uv run prepare.py`")
 
@@ -43,7 +45,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 import platform
 import re
 import shutil
@@ -138,7 +139,7 @@ def cache_dir() -> Path:
     try:
         return Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
     except RuntimeError:
-        raise Failure("this user has no home folder; set AUTORESEARCH_CACHE to one") from None
+        raise Failure("no home folder for the cache; set AUTORESEARCH_CACHE to a whole path") from None
 
 
 @functools.cache
@@ -306,11 +307,11 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
         headers = session.head(url + names[0]).headers
         size = int(headers.get("X-Linked-Size") or headers.get("Content-Length") or 0) * len(names)
     except requests.ConnectionError as error:
-        raise Failure(f"cannot reach {_host(base)} ({_cause(error)}).\n{offline}") from error
+        raise Failure(f"cannot reach {_host(base)} ({cause(error)}).\n{offline}") from error
     except (requests.RequestException, ValueError):
         size = 0  # it does not say
     except OSError as error:  # REQUESTS_CA_BUNDLE names no file, say
-        raise Failure(f"cannot ask {_host(base)} ({_cause(error)})") from error
+        raise Failure(f"cannot ask {_host(base)} ({cause(error)})") from error
     need, free = 2.5 * size / 1e9, shutil.disk_usage(folder).free / 1e9  # text, and its tokens
     if need > free:
         raise Failure(f"about {need:.1f} GB needed, {free:.1f} GB free in {folder}. Free some, ask "
@@ -356,7 +357,7 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -
                         shown = file.tell()
         except (requests.RequestException, ValueError) as error:  # ValueError: an odd redirect
             asked = getattr(error, "request", None)  # by now perhaps of another host
-            why = f"{_host(asked.url if asked is not None else url)}: {_cause(error)}"
+            why = f"{_host(asked.url if asked is not None else url)}: {cause(error)}"
             continue
         answers = (*response.history, response)
         tags = (answer.headers.get("X-Linked-ETag", "").strip('"').lower() for answer in answers)
@@ -366,7 +367,7 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -
                 raise ValueError(f"SHA-256 is {digest[:12]}…, the server declares {declared[:12]}…")
             pq.read_schema(part).field("text")
         except (pa.ArrowException, ValueError, OSError, KeyError) as error:
-            why = f"{came.get('Content-Type', 'something')} came: {_cause(error)}"
+            why = f"{came.get('Content-Type', 'something')} came: {cause(error)}"
             part.unlink(missing_ok=True)
         else:  # what is whole is not thrown away, should its name be refused
             os.replace(part, path)
@@ -390,7 +391,7 @@ def _host(url: str) -> str:
     return urlsplit(url).netloc.rpartition("@")[2]  # without a password
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The innermost reason, a line without URLs, which may hold a password."""
     while inner := error.__cause__ or error.__context__:
         error = inner
@@ -398,7 +399,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _unreadable(path: Path, error: BaseException) -> Failure:
-    return Failure(f"cannot read {path} ({_cause(error)}); if it is there, replace it or delete it, "
+    return Failure(f"cannot read {path} ({cause(error)}); if it is there, replace it or delete it, "
                    "and run: uv run prepare.py")
 
 
@@ -733,8 +734,7 @@ def make_dataloader(
         rows = pack_rows(documents(), T + 1, buffer_size)
         try:
             while True:
-                if split == "train":
-                    _RUN.draw(B * T)
+                _RUN.draw(B * T, split)
                 batch = torch.from_numpy(np.stack(list(itertools.islice(rows, B))).astype(np.int64))
                 if device.type == "cuda":  # torch reuses a pinned block after its copy
                     batch = batch.pin_memory().to(device, non_blocking=True)
@@ -775,7 +775,8 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     loss is not used. Reserved tokens are in neither sum. Every batch size scores the same targets.
     Log-softmax in float32, sums in float64 on the host.
 
-    Rows are then scored again: unchanged; beside other rows, so that every two places of a batch
+    The first batch is of random tokens and does not count: whoever adapts to it gains nothing. At
+    last rows are scored again: unchanged; beside other rows, so that every two places of a batch
     are told apart; and with other tokens after a position, every position once. ExamError if that
     moves a score, or if exam or tokenizer are not the contract's. Appends a line to runs.jsonl.
     """
@@ -830,6 +831,9 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
     modes = {part: part.training for part in module.modules()}
     try:
         module.eval()  # its own, too: it may put averaged weights in, and train() take them out
+        drawn = np.random.default_rng().integers(len(token_bytes), size=batches[0].shape)
+        drawn = torch.from_numpy(drawn).to(device)
+        _nll(model, drawn[:, :-1], drawn[:, 1:], len(token_bytes))
         nll = [_nll(model, batch[:, :-1], batch[:, 1:], len(token_bytes)) for batch in batches]
         probes = _probes(model, batches, nll, token_bytes, cuts, halvings)
         for what, limit, moved, weights in probes:
@@ -841,8 +845,8 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
                 raise ExamError(
                     f"the model {what}: the log-probability of a target moves by up to {nats:.3g} "
                     f"nats, at position {position} (limit {limit}), and the score by "
-                    f"{worth:.4f} bits per byte (limit {LEAK_BPB}). Dropout or a statistic that "
-                    "goes on in the exam can look like that, too")
+                    f"{worth:.4f} bits per byte (limit {LEAK_BPB}). Dropout, a statistic that goes "
+                    "on in the exam and sums in random order (index_add_) can look like that, too")
         return torch.cat(nll)
     finally:
         module.train(modes[module])
@@ -869,18 +873,19 @@ def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor
         others = (x + torch.from_numpy(dice.integers(1, V, (B, T))).to(x)) % V
         return _nll(model, torch.where(changed.to(x.device), others, x), targets, V) - nll[number]
 
-    first = token_bytes[batches[0][:, 1:]]
-    again = moves(0, torch.zeros(B, T, dtype=torch.bool))
+    turns = dice.permutation(len(batches)).tolist()  # else a model could count its calls
+    first = token_bytes[batches[turns[0]][:, 1:]]
+    again = moves(turns[0], torch.zeros(B, T, dtype=torch.bool))
     yield "has memory or is random", CHANCE_NATS, again, first
     places = torch.from_numpy(dice.permutation(B))
     for bit, side in itertools.product(range(halvings), (0, 1)):
         kept = (places >> bit) % 2 == side
-        moved = moves(0, ~kept[:, None].expand(B, T))[kept]
+        moved = moves(turns[0], ~kept[:, None].expand(B, T))[kept]
         yield "mixes rows of a batch", LEAK_NATS, moved, first[kept]
     positions, order = torch.arange(T), torch.from_numpy(dice.permutation(T - 1))
     moved, weights = [], []
     for number, start in enumerate(range(0, cuts, B)):
-        number, cut = number % len(batches), order[(start + torch.arange(B)) % (T - 1)][:, None]
+        number, cut = turns[number % len(batches)], order[(start + torch.arange(B)) % (T - 1)][:, None]
         until, at = (mask.to(batches[0].device) for mask in (positions <= cut, positions == cut))
         moved.append(moves(number, ~until).where(until, 0))
         weights.append(token_bytes[batches[number][:, 1:]].where(at, 0))
@@ -918,25 +923,31 @@ class _Run:
     """This process's run, from its first training batch on; a score leaves a line in runs.jsonl."""
 
     began = alive = None
-    tokens = evaluations = 0
+    tokens = held_out_tokens = evaluations = 0
+    seen = frozenset()
 
     @functools.cached_property
     def facts(self) -> dict:
         """What runs, as it is when first asked for: train.py may be edited meanwhile."""
-        commit, dirty = _git("rev-parse", "HEAD"), None
-        if commit and OURS:  # the script, and what it imports from here
-            files = {str(getattr(module, "__file__", None)) for module in [*sys.modules.values()]}
-            library = os.path.dirname(os.__file__)  # Python's own, which may be installed here
-            own = (file for file in files if file.startswith(f"{HERE}{os.sep}")
-                   and "site-packages" not in file and not file.startswith(library))
-            changed = _git("status", "--porcelain", "--ignored", "-uall", "--", str(SCRIPT), *own)
-            dirty = None if changed is None else changed != ""
+        commit = _git("rev-parse", "HEAD")
         return {
-            "commit": commit, "dirty": dirty,
+            "commit": commit, "dirty": self.changed(commit) if commit and OURS else None,
             "script": SCRIPT.name if SCRIPT.is_file() else None,
             "train_sha256": _sha256(SCRIPT) if SCRIPT.is_file() else None,
             "prepare_sha256": _sha256(Path(__file__)),
         }
+
+    def changed(self, commit: str) -> bool | None:
+        """Whether the script, or what it imported from here since the last look, is not the commit's."""
+        files = {str(SCRIPT), *(str(getattr(m, "__file__", None)) for m in [*sys.modules.values()])}
+        library = os.path.dirname(os.__file__)  # Python's own, which may be installed here
+        own = {file for file in files - self.seen if file.startswith(f"{HERE}{os.sep}")
+               and "site-packages" not in file and not file.startswith(library)}
+        self.seen |= own
+        paths = {file: Path(file).relative_to(HERE).as_posix() for file in own}
+        now = _git("hash-object", "--", *paths)  # git status believes flags that hide a change
+        then = _git("rev-parse", *(f"{commit}:./{path}" for path in paths.values()))
+        return None if now is None else now != then
 
     def begin(self, shards: int) -> None:
         self.facts.update(seed=torch.initial_seed(), shards=shards)  # before either can change
@@ -950,7 +961,10 @@ class _Run:
         except OSError as error:
             raise Failure(f"cannot write the record of this run, {EVIDENCE} ({error})") from error
 
-    def draw(self, tokens: int) -> None:
+    def draw(self, tokens: int, split: str) -> None:
+        if split != "train":
+            self.held_out_tokens += tokens
+            return
         if self.began is None:
             self.began = time.monotonic()
             threading.Thread(target=self.watch, daemon=True).start()
@@ -978,11 +992,14 @@ class _Run:
     def write_evidence(self, contract: Contract, split: str, bpb: float, device: torch.device,
                        trained: float | None) -> None:
         self.evaluations += 1
+        if self.facts["dirty"] is False:  # what was imported in main
+            self.facts["dirty"] = self.changed(self.facts["commit"])
         line = json.dumps({
             "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "seed": torch.initial_seed(), "shards": _noted_shards(contract), **self.facts,
             "contract": fingerprint(contract), "split": split, "bpb": bpb,
-            "evaluation": self.evaluations, "tokens": self.tokens, "training_seconds": trained,
+            "evaluation": self.evaluations, "tokens": self.tokens,
+            "held_out_tokens": self.held_out_tokens, "training_seconds": trained,
             "seconds": self.elapsed(), "peak_memory_mb": peak_memory_mb(device),
             "device": device_name(device), "torch": torch.__version__,
         })
@@ -1111,7 +1128,9 @@ def verdict() -> str:
     faster = max(tokens) > apart
     took, budget = (max(of(commit, 42, "training_seconds")) for commit in (head, base))
     late = took > 1.05 * budget
-    blind = max(of(head, 42, "tokens")) == 1 < max(of(base, 42, "tokens"))  # 1 stands for none
+    # 1 stands for none
+    blind = max(of(head, 42, "tokens")) == 1 < max(of(base, 42, "tokens"))
+    peeked = any(max(of(head, seed, "held_out_tokens")) > 1 for seed in both)
     changed = _git("diff", "--text", "--numstat", best, head, "--", "train.py")
     if changed is None:
         raise Failure(f"git does not know {best}, the best commit of results.tsv")
@@ -1126,7 +1145,7 @@ def verdict() -> str:
         sure = worth = limit = -10 * noise
     if head == best:
         word = "this is the best commit; go on with the next idea"
-    elif change[0] >= worth or late or blind:
+    elif change[0] >= worth or late or blind or peeked:
         word = "discard"
     elif change[0] < sure and not faster:  # else the machine may have been
         word = "keep"
@@ -1139,6 +1158,7 @@ def verdict() -> str:
     note = f"note: {head} evaluates more than once; the first score of a run counts\n" * again
     note += f"note: {head} trained for {took:g} s, the baseline for {budget:g} s\n" * late
     note += f"note: {head} drew no batch of the split train: what did it learn from?\n" * blind
+    note += f"note: {head} drew batches of the split val or test, which a run must not know\n" * peeked
     if kept[0] != best:
         note += (f"note: {kept[0]} is kept last in results.tsv, but has no such run under SEED=42 "
                  "or is not behind HEAD\n")

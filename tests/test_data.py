@@ -368,7 +368,7 @@ def test_a_user_without_a_home_or_a_name_is_told_to_name_a_cache_and_gets_a_name
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
-    assert command(code=1) == "FAIL: this user has no home folder; set AUTORESEARCH_CACHE to one\n"
+    assert command(code=1) == "FAIL: no home folder for the cache; set AUTORESEARCH_CACHE to a whole path\n"
     assert getpass.getuser() == f"user-{os.getuid()}"
 
 

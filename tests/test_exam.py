@@ -265,6 +265,19 @@ def test_a_model_with_state_between_calls_is_refused_at_once_and_one_that_begins
     refused(later, tiny, "has memory or is random", 4)
 
 
+def test_a_model_that_keeps_what_its_first_call_shows_learns_nothing_of_the_exam(tiny):
+    kept = []
+
+    def model(idx):
+        counts = torch.full((V, V), 0.01)
+        counts.index_put_((idx[:, :-1], idx[:, 1:]), torch.ones(()), accumulate=True)
+        kept.append((counts / counts.sum(1, keepdim=True)).log())
+        return kept[0][idx]
+
+    uniform = prepare.evaluate_bpb(lambda idx: torch.zeros(*idx.shape, V), tiny, 16)
+    assert prepare.evaluate_bpb(model, tiny, 16) > uniform
+
+
 # What is no answer
 
 
@@ -469,7 +482,8 @@ def test_honest_models_of_many_kinds_pass_on_the_gpu(long_exam, kind, dtype):
 # Evidence, held-out split, watchdog
 
 KEYS = {"time", "commit", "dirty", "script", "train_sha256", "prepare_sha256", "contract", "shards", "split",
-        "bpb", "evaluation", "training_seconds", "seconds", "tokens", "peak_memory_mb", "device", "torch", "seed"}
+        "bpb", "evaluation", "training_seconds", "seconds", "tokens", "held_out_tokens", "peak_memory_mb", "device",
+        "torch", "seed"}
 
 
 def test_a_scored_run_leaves_one_line_that_says_what_ran_and_whether_it_trained(tiny):
@@ -501,7 +515,7 @@ def test_a_scored_run_leaves_one_line_that_says_what_ran_and_whether_it_trained(
 
 FACTS = """import conf, json, of_python, pathlib, prepare
 def facts():
-    vars(prepare._RUN).pop("facts", None)
+    prepare._RUN = type(prepare._RUN)()
     return [prepare._RUN.facts[name] for name in ("dirty", "script", "train_sha256")]
 seen = [facts()]
 pathlib.Path("conf.py").write_text("LR = 2")
@@ -527,6 +541,35 @@ def test_what_a_script_imports_from_here_is_part_of_it_and_a_script_elsewhere_or
         runpy.run_path(name, run_name="__main__")
         sha256 = hashlib.sha256(Path(name).read_bytes()).hexdigest()
         assert json.loads(capsys.readouterr().out) == [[each, Path(name).name, sha256] for each in dirty]
+
+
+SCORE = """import prepare, torch
+prepare._RUN.facts
+import late
+prepare.fingerprint = str
+prepare._RUN.write_evidence(prepare.CONTRACTS["demo"], "val", 1.0, torch.device("cpu"), None)
+"""
+
+
+def test_what_is_imported_after_the_run_began_counts_too_even_where_git_status_is_told_to_look_away(
+        tmp_path, monkeypatch):
+    commit(tmp_path, ("prepare.py", (ROOT / "prepare.py").read_text()), ("late.py", "LR = 1"), ("train.py", SCORE))
+    monkeypatch.syspath_prepend(tmp_path)
+    for text in "LR = 1", "LR = 2":
+        (tmp_path / "late.py").write_text(text)
+        subprocess.run(["git", "update-index", "--assume-unchanged", "late.py"], cwd=tmp_path, check=True)
+        for module in "prepare", "late":
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        runpy.run_path("train.py", run_name="__main__")
+    assert [line["dirty"] for line in evidence()] == [False, True]
+
+
+def test_batches_of_a_held_out_split_are_counted_apart(tiny):
+    for split in "train", "val", "test":
+        next(prepare.make_dataloader(tiny, 4, 32, split, device="cpu"))
+    prepare.evaluate_bpb(Small(), tiny, 16)
+    (line,) = evidence()
+    assert line["tokens"] == 4 * 32 and line["held_out_tokens"] == 2 * 4 * 32
 
 
 @pytest.mark.parametrize("spoil", [Path.mkdir, lambda file: file.symlink_to("/dev/full")])
@@ -587,7 +630,7 @@ def test_two_processes_that_append_at_once_leave_whole_lines(tiny, forked, monke
     begin = time.monotonic() + 1
 
     def job(number):
-        prepare._RUN.facts = dict(commit="x" * 3000)
+        prepare._RUN.facts = dict(commit="x" * 3000, dirty=True)
         time.sleep(begin - time.monotonic())
         for i in range(1000):
             prepare._RUN.write_evidence(TINY, "val", number + i / 1024, CPU, None)

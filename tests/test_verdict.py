@@ -153,6 +153,11 @@ def test_a_run_that_drew_no_training_text_is_not_kept(night):
     assert "note: newnewn drew no batch of the split train" in prepare.verdict()
 
 
+def test_a_run_that_drew_batches_of_a_held_out_split_is_not_kept(night):
+    assert night.verdict(1.2, held_out_tokens=64) == "discard"
+    assert "note: newnewn drew batches of the split val or test" in prepare.verdict()
+
+
 def test_baselines_that_the_machine_drove_apart_are_to_be_measured_again(night):
     night.run("basebas", 43, 1.58, tokens=8_900)
     assert "note: equal runs differ much: stop what else runs here" in prepare.verdict()
