@@ -9,15 +9,16 @@ model. This is the one file the agent edits: all of it may change, as long as `m
 logits and the score comes from evaluate_bpb.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":  # else a profile.py, say, beside this file would replace Python's own
-    sys.path.append(sys.path.pop(0))
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [path for path in sys.path if path != here] + [here]
 
 import functools
 import gc
 import math
-import os
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -198,11 +199,7 @@ def load_kernel():
             kernel = kernels.get_kernel(FA3_KERNEL, version=1, trust_remote_code=FA3_ALLOWED)
             found.append(kernel.flash_attn_func)
         except BaseException as error:  # anything can come of importing a stranger's build
-            cause = error
-            while cause.__context__:  # a refused connection, say, behind advice that does not help
-                cause = cause.__context__
-            words = f"{type(error).__name__}: {error}" + f", from {cause!r}" * (cause is not error)
-            problem.append(" ".join(words.split())[:300])
+            problem.append(f"{type(error).__name__}: {prepare.cause(error)}")
 
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
@@ -375,7 +372,7 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleList(table(config.vocab_size, kv_dim)
                                           for i in range(n_layer) if has_ve(i, n_layer))
         self.resid_lambdas = nn.Parameter(torch.ones(n_layer))
-        self.x0_lambdas = nn.Parameter(torch.full((n_layer,), X0_INIT))
+        self.x0_lambdas = nn.Parameter(torch.full((n_layer,), float(X0_INIT)))
         self.h = nn.ModuleList([Block(config, i) for i in range(n_layer)])
         self.lm_head = nn.Linear(n_embd, config.vocab_size, bias=False)
         self.register_buffer("next_but_one", torch.zeros(()), persistent=False)  # see head
@@ -707,6 +704,10 @@ def sizes(kind, seq_len, vocab_size):
     demand(GATE_CHANNELS in range(1, n_embd + 1), "GATE_CHANNELS", GATE_CHANNELS, f"1 to {n_embd}")
     demand(isinstance(SOFTCAP, (int, float)) and 0 < SOFTCAP <= 79, "SOFTCAP", SOFTCAP,
            "above 0 and at most 79, where a sum of 8192 exp still fits into float32")
+    for name in {"HALF_BATCH_RATIO", "NEXT_BUT_ONE", "X0_INIT", "X0_LR", "EMBEDDING_LR", "BIGRAM_LR",
+                 "MATRIX_LR", "UNEMBEDDING_LR", "RESID_LR", "WARMDOWN_RATIO"} & set(globals()):
+        demand(isinstance(knob(name, kind), (int, float)), name, knob(name, kind), "a number")
+    demand(isinstance(WEIGHT_DECAY, dict), "WEIGHT_DECAY", WEIGHT_DECAY, "one for each kind of weights")
     for name, pair in ("MUON_MOMENTUM", MUON_MOMENTUM), ("ADAM_BETAS", ADAM_BETAS):
         demand(isinstance(pair, (tuple, list)) and len(pair) == 2, name, pair, "a pair of numbers")
     demand(total % seq_len == 0, "TOTAL_BATCH_SIZE", total, f"a multiple of MAX_SEQ_LEN ({seq_len})")
@@ -734,7 +735,12 @@ def build(config, device, dtype, compiled, seed):
     model.init_weights()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if empty := [name for name, tensor in tensors if tensor.isnan().any()]:
-        raise prepare.Failure(f"{', '.join(empty)}: left as torch.empty made it; fill it where it is made")
+        raise prepare.Failure(f"{', '.join(empty)}: NaN, or left as torch.empty made it; "
+                              "fill it where it is made")
+    places = [p.data_ptr() for p in model.parameters()]
+    if shared := [name for name, p in model.named_parameters() if places.count(p.data_ptr()) > 1]:
+        raise prepare.Failure(f"{', '.join(shared)}: in one place; to tie them, assign the one to "
+                              "the other itself, not its .data")
     # A view's storage holds more than it shows, and AdamW on a CPU would step that too
     if strided := [name for name, p in model.named_parameters() if not p.is_contiguous()]:
         raise prepare.Failure(f"{', '.join(strided)}: a view of part of a tensor; add .contiguous() where it is made")

@@ -338,7 +338,8 @@ def test_a_diverged_run_ends_at_once_with_the_loss_and_the_step(loss, shown, ste
     ("SHIFTED_CHANNELS", 33, "at most the width, 32"), ("GATE_CHANNELS", 33, "1 to 32"),
     ("SOFTCAP", None, "at most 79"), ("SOFTCAP", 100, "at most 79"),
     ("EMBEDDING_LR", {"cuda": 0.9}, "a value for 'cpu' too"),
-    ("ADAM_BETAS", 0.9, "a pair"), ("MUON_MOMENTUM", (0.9,), "a pair"),
+    ("HALF_BATCH_RATIO", None, "a number"), ("EMBEDDING_LR", {"cpu": "0.3"}, "a number"),
+    ("WEIGHT_DECAY", 0.1, "one for each"), ("ADAM_BETAS", 0.9, "a pair"), ("MUON_MOMENTUM", (0.9,), "a pair"),
     ("DEVICE_BATCH_SIZE", 0, "at least 1"), ("TOTAL_BATCH_SIZE", 0, "at least 1"),
     ("TOTAL_BATCH_SIZE", 1000, "a multiple of MAX_SEQ_LEN (32)"),
     ("TOTAL_BATCH_SIZE", 288, "DEVICE_BATCH_SIZE (8) x MAX_SEQ_LEN (32) = 256"),
@@ -358,11 +359,15 @@ def test_a_bad_knob_ends_in_one_line_with_the_remedy_before_data_is_touched(knob
     assert message.startswith(f"FAIL: {knob} is {seen!r}") and remedy in message, message
 
 
+ONES = torch.ones(3)
+
+
 @pytest.mark.parametrize("add, words", [
     (lambda module: setattr(module, "gain", nn.Parameter(torch.empty(3))), "left as torch.empty made it"),
     (lambda module: module.register_buffer("gain", torch.empty(3), persistent=False), "left as torch.empty made it"),
+    (lambda module: setattr(module, "gain", nn.Parameter(ONES)), "in one place; to tie them"),
     (lambda module: setattr(module, "gain", nn.Parameter(torch.eye(8)[:, :4])), "add .contiguous()")])
-def test_what_nobody_filled_and_views_are_named(add, words, small, monkeypatch):
+def test_what_nobody_filled_views_and_what_shares_memory_are_named(add, words, small, monkeypatch):
     """Memory that was used before holds anything; torch's AdamW of a CPU steps what lies between a view's rows."""
     class Own(train.MLP):
         def __init__(self, config):
@@ -502,6 +507,7 @@ def test_one_command_from_any_folder_trains_and_leaves_evidence(demo, tmp_path):
     assert (line["script"], line["dirty"]) == ("train.py", False) and line["commit"]
     assert line["tokens"] == int(summary["num_steps"]) * train.TOTAL_BATCH_SIZE["cpu"]
     assert float(summary["training_seconds"]) <= line["seconds"] <= float(summary["total_seconds"]) + 1
+    assert "train.py takes no arguments" in run(str(clone / "train.py"), "x", cwd=tmp_path, PYTHONSAFEPATH="1").stderr
 
 
 # A small model, interrupted after 10 steps. Learning rates follow the clock: this one ticks by itself
