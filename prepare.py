@@ -764,7 +764,7 @@ def default_device() -> torch.device:
 
 LEAK_BPB = 0.001  # bits per byte: what all that a model must not know may be worth to it
 LEAK_NATS = 0.05  # nats: how far it may move one target (rounding's share: tests/test_exam.py)
-CHANCE_NATS = 0.001  # nats: how far one may move when the same batch is scored again, or in warm-up
+CHANCE_NATS = 0.001  # nats: how far one may move when the same batch is scored again
 
 
 def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> float:
@@ -801,9 +801,8 @@ def check_model(model: Callable, batch_size: int) -> None:
     tokenizer = Tokenizer.from_directory()
     rows = load_exam(active_contract()[0], "val", tokenizer)
     batch = rows[np.random.default_rng().integers(len(rows), size=batch_size)]
-    # After a few steps all that a model says is faint, a leak too: hence the stricter limit
     _examine(model, [batch], tokenizer, cuts=2 * batch_size, halvings=min(1, batch_size - 1),
-             most=CHANCE_NATS)
+             faint=True)
 
 
 def load_exam(contract: Contract, split: str, tokenizer: Tokenizer) -> torch.Tensor:
@@ -819,10 +818,12 @@ def load_exam(contract: Contract, split: str, tokenizer: Tokenizer) -> torch.Ten
 
 @torch.no_grad()
 def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer, cuts: int,
-             halvings: int, most: float = math.inf) -> torch.Tensor:
+             halvings: int, faint: bool = False) -> torch.Tensor:
     """Return -ln p of the batches' targets, float32 (rows, T), in eval mode, on the model's device.
 
-    ExamError for the first probe that moves a target or the score further than it may.
+    ExamError for the first probe that moves a target or the score further than it may. What a model
+    says is `faint` after a few steps, its leaks and its rounding, too: the limits for one target
+    are then as much smaller as its -ln p spread by less than a nat.
     """
     module = model if isinstance(model, torch.nn.Module) else torch.nn.Module()
     device = next((parameter.device for parameter in module.parameters()), default_device())
@@ -840,11 +841,11 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
             moved, weights = moved.cpu().double(), weights.cpu()
             nats, position = moved.abs().max().item(), moved.abs().argmax().item() % moved.size(1)
             worth = moved[weights > 0].sum().item() / (math.log(2) * max(weights.sum().item(), 1))
-            limit = min(limit, most)
+            limit *= min(1, torch.cat(nll).std().item()) if faint else 1
             if nats > limit or abs(worth) > LEAK_BPB:
                 raise ExamError(
                     f"the model {what}: the log-probability of a target moves by up to {nats:.3g} "
-                    f"nats, at position {position} (limit {limit}), and the score by "
+                    f"nats, at position {position} (limit {limit:.3g}), and the score by "
                     f"{worth:.4f} bits per byte (limit {LEAK_BPB}). Dropout, a statistic that goes "
                     "on in the exam and sums in random order (index_add_) can look like that, too")
         return torch.cat(nll)

@@ -225,7 +225,7 @@ def test_a_model_that_mixes_later_tokens_in_is_refused_in_warm_up_already(tiny, 
 def test_a_leak_that_is_faint_because_the_model_has_hardly_trained_is_refused_in_warm_up(tiny):
     honest, sees = Small(), Small(LEAKS["next token"])
     prepare.check_model(lambda x: 0.003 * honest(x), 16)
-    with pytest.raises(prepare.ExamError, match=r"sees the future: .* \(limit 0.001\)"):
+    with pytest.raises(prepare.ExamError, match=r"sees the future: .* \(limit 0.000"):
         prepare.check_model(lambda x: 0.003 * sees(x), 16)
     prepare.evaluate_bpb(lambda x: 0.003 * sees(x), tiny, 16)  # of a whole run it would be within rounding
 
@@ -474,7 +474,7 @@ def test_honest_bf16_models_of_train_py_pass_on_the_gpu(long_exam, parts, wanted
 @pytest.mark.parametrize("kind", HONEST)
 def test_honest_models_of_many_kinds_pass_on_the_gpu(long_exam, kind, dtype):
     model = Stack(kind, long_exam.get_vocab_size(), 256).cuda()
-    share = 1 if kind == FourierConvolution and dtype == torch.bfloat16 else 1 / 5
+    share = 2 if kind == FourierConvolution and dtype == torch.bfloat16 else 1 / 5  # README says so
     with autocast(torch.device("cuda"), dtype):
         assert_scored(model, long_exam, (32, 7), prepare.LEAK_NATS * share)
 
