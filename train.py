@@ -928,6 +928,9 @@ def main():
             gc.collect()  # an edit may leave cycles, which hold activations
 
     # Exam and summary
+    if batches[-1][2] > 1 and contract.train_files > 1:
+        print("note: the training text began again. What the hashed tables read twice they remember: "
+              "prepare more shards (--num-shards), or lower BIGRAM_ROWS")
     print(f"exam: {contract.eval_tokens:,} targets, and the probes")
     with autocast:
         bpb = prepare.evaluate_bpb(model, tokenizer, device_batch_size)

@@ -112,6 +112,14 @@ def test_a_run_says_what_it_does_prints_the_summary_and_leaves_one_line_of_evide
     assert (line["seed"], line["split"], line["tokens"]) == (42, "val", 4 * 512)
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_training_text_that_began_again_is_said(epoch, steps, monkeypatch, capsys):
+    make = prepare.make_dataloader
+    monkeypatch.setattr(prepare, "make_dataloader", lambda *a, **k: ((x, y, epoch) for x, y, _ in make(*a, **k)))
+    train.main()
+    assert ("\nnote: the training text began again. " in capsys.readouterr().out) == (epoch > 1)
+
+
 @pytest.mark.parametrize("name, known", [
     ("NVIDIA A100-SXM4-80GB", True), ("NVIDIA RTX A1000 Laptop GPU", False), ("NVIDIA RTX 4090 D", False),
     ("NVIDIA GeForce RTX 5090", True), ("NVIDIA GeForce RTX 5090 D v2", False),
