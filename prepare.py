@@ -549,14 +549,14 @@ def _train_tokenizer(contract: Contract, parts: list[Part]) -> Tokenizer:
 
 def _tokenize(path: Path, tokenizer: Tokenizer) -> Iterator[bytes]:
     """Encode a parquet file, uint16, on all cores: tiktoken works without Python's lock."""
-    bos = np.array([tokenizer.get_bos_token_id()])
+    bos = np.uint16(tokenizer.get_bos_token_id()).tobytes()
 
     def encode(group: int) -> bytes:
         with _opened(path) as file:
             texts = _texts(file, group)
-        pieces = [piece for text in texts for piece in (bos, tokenizer.encode_to_numpy(text))]
+        tokens = [tokenizer.encode_to_numpy(text).astype(np.uint16) for text in texts]
         bar.update()
-        return np.concatenate([bos[:0], *pieces]).astype(np.uint16).tobytes()  # pieces may be none
+        return b"".join(bos + document.tobytes() for document in tokens)
 
     with _opened(path) as file:
         groups = range(file.num_row_groups)
