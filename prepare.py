@@ -644,14 +644,15 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
             _download_all(contract, missing, workers)
 
         made, before = ("tokenizer.tiktoken", "val.bin", "test.bin"), _noted_sums(contract)
-        for path in (folder / name for name in made if name in before):
-            if path.exists() and _sha256(path) != before[path.name]:
+        for name in made:
+            path = folder / name
+            if name in before and path.exists() and _sha256(path) != before[name]:
                 print(f"{path} is not what it was when it was made; making it again")
                 path.unlink()
         digest = _digest(dataclasses.asdict(dataclasses.replace(contract, time_budget=0)))
         # With a new tokenizer all tokens go; without token_ids exams are of commits that lost text
-        anew = (not (folder / "tokenizer.tiktoken").exists()
-                or before.get("contract", digest) != digest)
+        edited = before.get("contract", digest) != digest
+        anew = edited or not (folder / "tokenizer.tiktoken").exists()
         if anew or not (folder / "token_ids").exists():
             for path in [*folder.glob("*.bin"), *folder.glob("token_ids/*.bin")]:
                 path.unlink()
@@ -666,7 +667,7 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
             rows = _pack_exam(contract, split, tokenizer.get_bos_token_id())
             _derive(folder / f"{split}.bin", tokens, rows)
         now = {name: _sha256(folder / name) for name in made} | {"contract": digest}
-        if now | before != now:
+        if any(now.get(name) != sha for name, sha in before.items()):
             print("note: contract, tokenizer or exam is not that of before; scores do not compare")
         _note(folder / "SHA256SUMS", "".join(f"{sha}  {name}\n" for name, sha in now.items()))
         _note(folder / "shards", str(shards))
