@@ -212,8 +212,11 @@ def _write(path: Path, pieces: Iterable[bytes]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _derive(path: Path, source: Path, pieces: Iterable[bytes]) -> None:
-    """Write what is made from a source, unless it is there and has the source's time."""
+def _derive(path: Path, source: Path, pieces: Iterator[bytes]) -> None:
+    """Write what is made from a source, unless it is there and has the source's time.
+
+    `pieces` is a generator: where nothing is to be written, nothing is computed.
+    """
     changed = source.stat().st_mtime_ns
     if not path.exists() or path.stat().st_mtime_ns != changed:
         _write(path, pieces)
