@@ -1080,11 +1080,9 @@ def verdict() -> str:
     runs = [run for run in runs if run["evaluation"] == 1]
 
     def of(commit: str, seed: int, what: str = "bpb") -> list:
-        key = commit, seed
-        return [run.get(what) or 1 for run in runs if (run["commit"], run["seed"]) == key]
-
-    def comparable(commit: str) -> bool:
-        return bool(of(commit, 42))
+        """What the runs of a commit and a seed say, in order; 1 stands for none."""
+        return [run.get(what) or 1 for run in runs
+                if run["commit"] == commit and run["seed"] == seed]
 
     def behind(commit: str) -> bool:
         return _git("merge-base", "--is-ancestor", commit, "HEAD") is not None
@@ -1096,17 +1094,19 @@ def verdict() -> str:
                 f"on the split val{others})")
     every = runs
     for same in ("contract", "device", "shards", "torch", "prepare_sha256"):
-        runs = [run for run in runs if (run.get(same) or 1) == of(head, 42, same)[-1]]
-    baseline = re.compile(r"((new|first|initial|the) )?baseline(\W*|\W*\d+\W*|\W+(again|re-?run|runs?|seed|n|on|"
-                          r"for|of|default|unchanged|unmodified|original|no change)\b.*)")
+        newest = of(head, 42, same)[-1]
+        runs = [run for run in runs if (run.get(same) or 1) == newest]
+    baseline = re.compile(
+        r"((new|first|initial|the) )?baseline(\W*|\W*\d+\W*|\W+(again|re-?run|runs?|seed|n|on|"
+        r"for|of|default|unchanged|unmodified|original|no change)\b.*)")
     named = [row[0][:7] for row in reversed(rows) if baseline.fullmatch(row[4])]  # the last first
-    usable = [*filter(comparable, named)]
+    usable = [commit for commit in named if of(commit, 42)]
     base = next(filter(behind, usable), usable[0] if usable else head)
     missing = [f"SEED={seed}" for seed in (42, 43) for _ in range(2 - len(of(base, seed)))]
     if missing:
         more = f"{len(missing)} more run{'s' * (len(missing) > 1)}"
         note = ""
-        if {run["commit"] for run in every} & set(named) - {*usable}:
+        if any(run["commit"] in named and run["commit"] not in usable for run in every):
             note = ("note: the baselines of results.tsv ran on another machine, contract, torch or "
                     "prepare.py. Is HEAD an attempt? Step 7 then, and a new baseline\n")
         elif not named and any(row[3][:4] in ("keep", "kept") for row in rows):
@@ -1119,7 +1119,7 @@ def verdict() -> str:
     # A later row may take a keep back. A crash does not, nor does a re-run make an old commit last
     last = {row[0][:7]: row[3][:4] for row in rows if row[3][:4] in ("keep", "kept", "disc")}
     kept = [commit for commit in reversed(last) if last[commit] in ("keep", "kept")] + [base]
-    best = next(filter(behind, filter(comparable, kept)), base)
+    best = next((commit for commit in kept if of(commit, 42) and behind(commit)), base)
     equal = [key for key in {(run["commit"], run["seed"]) for run in runs} if len(of(*key)) > 1]
     noise = 1.5 * max(np.ptp(of(*key)) for key in equal)
     jitter = max(1 - min(of(*key, "tokens")) / max(of(*key, "tokens")) for key in equal)
@@ -1128,13 +1128,13 @@ def verdict() -> str:
     both = [seed for seed in (42, 43) if of(head, seed) and of(best, seed)]
     change = [np.mean(of(head, seed)) - np.mean(of(best, seed)) for seed in both]
     mean = np.mean(change)
-    tokens = [np.mean(of(head, s, "tokens")) / np.mean(of(best, s, "tokens")) - 1 for s in both]
+    tokens = [np.mean(of(head, seed, "tokens")) / np.mean(of(best, seed, "tokens")) - 1
+              for seed in both]
     apart = max(0.05, jitter)
     faster = max(tokens) > apart
     took, budget = (max(of(commit, 42, "training_seconds")) for commit in (head, base))
     late = took > 1.05 * budget
-    # 1 stands for none
-    blind = max(of(head, 42, "tokens")) == 1 < max(of(base, 42, "tokens"))
+    blind = max(of(head, 42, "tokens")) == 1 and max(of(base, 42, "tokens")) > 1
     peeked = any(max(of(head, seed, "held_out_tokens")) > 1 for seed in both)
     changed = _git("diff", "--text", "--numstat", best, head, "--", "train.py")
     if changed is None:
