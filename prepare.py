@@ -491,8 +491,10 @@ class Tokenizer:
         """Tokens of a text, or of each of a list, after `prepend`, a token or a special's name."""
         if not isinstance(text, str):
             return [self.encode(one, prepend) for one in text]
-        first = self.encoding.encode_single_token(prepend) if isinstance(prepend, str) else prepend
-        return [*([] if first is None else [first]), *self.encode_to_numpy(text).tolist()]
+        if isinstance(prepend, str):
+            prepend = self.encoding.encode_single_token(prepend)
+        first = [] if prepend is None else [prepend]
+        return first + self.encode_to_numpy(text).tolist()
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
@@ -512,7 +514,7 @@ class Tokenizer:
 
     def get_token_bytes(self, device: str | torch.device = "cpu") -> torch.Tensor:
         """Bytes that each token stands for, int32 (V,), from its raw bytes; 0 for reserved ones."""
-        lengths = [*map(len, self.tokens), *[0] * SPECIALS]
+        lengths = [len(token) for token in self.tokens] + [0] * SPECIALS
         return torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
