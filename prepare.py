@@ -409,8 +409,9 @@ def _unreadable(path: Path, error: BaseException) -> Failure:
 def _write_docstrings(folder: Path, names: list[str]) -> None:
     """Write the docstrings of PACKAGES, split and shuffled by hash, to files of these names."""
     print(f"reading the docstrings of {', '.join(PACKAGES)}", flush=True)
-    file_of = {}
-    for root in (Path(importlib.util.find_spec(package).origin).parent for package in PACKAGES):
+    file_of = {}  # of each text, the first time it is met
+    for package in PACKAGES:
+        root = Path(importlib.util.find_spec(package).origin).parent
         for path in sorted(root.rglob("*.py")):
             module = path.relative_to(root.parent).as_posix()
             if {"tests", "testing"} & set(module.split("/")):
