@@ -322,8 +322,8 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
     problems, bar = [], _progress(f"download {size / 1e6:,.0f} MB", size or None, "B")
     with session, bar, ThreadPoolExecutor(workers) as pool:
         try:
-            found = pool.map(lambda name: _download(session, url + name, folder / name, bar), names)
-            for count, (name, problem) in enumerate(zip(names, found), 1):
+            ends = pool.map(lambda name: _download(session, url + name, folder / name, bar), names)
+            for count, (name, problem) in enumerate(zip(names, ends), 1):
                 if problem:
                     problems.append(f"  {name}: {problem}\n")
                 bar.set_postfix_str(f"{count}/{len(names)} files")
@@ -339,13 +339,15 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -
     """Fetch into FILE.part, resumed by Range; check it, rename it; return what went wrong."""
     shown, part = 0, path.with_name(f"{path.name}.part")
     for attempt in range(ATTEMPTS):
-        time.sleep(attempt and PATIENCE / 60 * 2**attempt)
+        if attempt:
+            time.sleep(PATIENCE / 60 * 2**attempt)
         start = part.stat().st_size if part.exists() else 0
         headers = {"Range": f"bytes={start}-"} if start else {}
         try:
             with session.get(url, headers=headers, stream=True) as response:
-                code, came = response.status_code, response.headers
-                resumed = came.get("Content-Range", "").startswith(f"bytes {start}-")
+                code = response.status_code
+                sent = response.headers.get("Content-Range", "")
+                resumed = sent.startswith(f"bytes {start}-")
                 if code == 416 or (code == 206 and not resumed):
                     why = "the server refused to go on from what was there"
                     part.unlink(missing_ok=True)
@@ -360,17 +362,18 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -
                         shown = file.tell()
         except (requests.RequestException, ValueError) as error:  # ValueError: an odd redirect
             asked = getattr(error, "request", None)  # by now perhaps of another host
-            why = f"{_host(asked.url if asked is not None else url)}: {cause(error)}"
+            why = f"{_host(asked.url if asked else url)}: {cause(error)}"
             continue
         answers = (*response.history, response)
         tags = (answer.headers.get("X-Linked-ETag", "").strip('"').lower() for answer in answers)
-        declared, digest = next((tag for tag in tags if len(tag) == 64), None), _sha256(part)
+        declared = next((tag for tag in tags if len(tag) == 64), None)
+        digest = _sha256(part)
         try:
             if declared not in (None, digest):
                 raise ValueError(f"SHA-256 is {digest[:12]}…, the server declares {declared[:12]}…")
             pq.read_schema(part).field("text")
         except (pa.ArrowException, ValueError, OSError, KeyError) as error:
-            why = f"{came.get('Content-Type', 'something')} came: {cause(error)}"
+            why = f"{response.headers.get('Content-Type', 'something')} came: {cause(error)}"
             part.unlink(missing_ok=True)
         else:  # what is whole is not thrown away, should its name be refused
             os.replace(part, path)
