@@ -794,8 +794,7 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     rows, places = load_exam(contract, split, tokenizer), torch.arange(batch_size)
     # All batches have one size, so that they compile once: the last goes on with the first rows
     batches = [rows[(start + places) % len(rows)] for start in range(0, len(rows), batch_size)]
-    nll = _examine(model, batches, tokenizer, cuts=contract.max_seq_len - 1,
-                   halvings=(batch_size - 1).bit_length())
+    nll = _examine(model, batches, tokenizer)
     weights = tokenizer.get_token_bytes()[rows[:, 1:]]
     nats = nll[: len(rows)].cpu().where(weights > 0, 0).double().sum().item()
     bpb = nats / (math.log(2) * weights.sum().item())
@@ -811,8 +810,7 @@ def check_model(model: Callable, batch_size: int) -> None:
     tokenizer = Tokenizer.from_directory()
     rows = load_exam(active_contract()[0], "val", tokenizer)
     batch = rows[np.random.default_rng().integers(len(rows), size=batch_size)]
-    _examine(model, [batch], tokenizer, cuts=2 * batch_size, halvings=min(1, batch_size - 1),
-             faint=True)
+    _examine(model, [batch], tokenizer, warm_up=True)
 
 
 def load_exam(contract: Contract, split: str, tokenizer: Tokenizer) -> torch.Tensor:
@@ -827,13 +825,13 @@ def load_exam(contract: Contract, split: str, tokenizer: Tokenizer) -> torch.Ten
 
 
 @torch.no_grad()
-def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer, cuts: int,
-             halvings: int, faint: bool = False) -> torch.Tensor:
+def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
+             warm_up: bool = False) -> torch.Tensor:
     """Return -ln p of the batches' targets, float32 (rows, T), in eval mode, on the model's device.
 
-    ExamError for the first probe that moves a target or the score further than it may. What a model
-    says is `faint` after a few steps, its leaks and its rounding, too: the limits for one target
-    are then as much smaller as its -ln p spread by less than a nat.
+    ExamError for the first probe that moves a target or the score further than it may. In warm-up
+    what a model says is faint, its leaks and its rounding, too: the limits for one target are then
+    as much smaller as its -ln p spread by less than a nat.
     """
     module = model if isinstance(model, torch.nn.Module) else torch.nn.Module()
     device = next((parameter.device for parameter in module.parameters()), default_device())
@@ -846,12 +844,12 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
         drawn = torch.from_numpy(drawn).to(device)
         _nll(model, drawn[:, :-1], drawn[:, 1:], len(token_bytes))
         nll = [_nll(model, batch[:, :-1], batch[:, 1:], len(token_bytes)) for batch in batches]
-        probes = _probes(model, batches, nll, token_bytes, cuts, halvings)
-        for what, limit, moved, weights in probes:
+        for what, limit, moved, weights in _probes(model, batches, nll, token_bytes, warm_up):
             moved, weights = moved.cpu().double(), weights.cpu()
             nats, position = moved.abs().max().item(), moved.abs().argmax().item() % moved.size(1)
             worth = moved[weights > 0].sum().item() / (math.log(2) * max(weights.sum().item(), 1))
-            limit *= min(1, torch.cat(nll).std().item()) if faint else 1
+            if warm_up:
+                limit *= min(1, torch.cat(nll).std().item())
             if nats > limit or abs(worth) > LEAK_BPB:
                 raise ExamError(
                     f"the model {what}: the log-probability of a target moves by up to {nats:.3g} "
@@ -866,16 +864,19 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
         _RUN.alive = None
 
 
-def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor, cuts: int,
-            halvings: int) -> Iterator[tuple[str, float, torch.Tensor, torch.Tensor]]:
+def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor,
+            warm_up: bool) -> Iterator[tuple[str, float, torch.Tensor, torch.Tensor]]:
     """Change what a model must not know, and score what it still has to know.
 
-    batches: int (B, T + 1) each; nll: -ln p of their targets, (B, T) each. `cuts`: how many
-    positions are tried, each in a row of its own; `halvings`: how often a batch is split in two,
-    to tell places apart. Yields what the model does if targets move; how many nats one may; by how
-    many they got less probable, (rows, T); and their bytes, 0 for those that do not count.
+    batches: int (B, T + 1) each; nll: -ln p of their targets, (B, T) each. In warm-up a sample.
+    Yields what the model does if targets move; how many nats one may; by how many they got less
+    probable, (rows, T); and their bytes, 0 for those that do not count.
     """
     (B, T), V = nll[0].shape, len(token_bytes)
+    halvings = (B - 1).bit_length()  # of a batch, to tell its places apart
+    cuts = T - 1  # positions after which tokens change, each in a row of its own
+    if warm_up:
+        halvings, cuts = min(1, halvings), 2 * B
     dice = np.random.default_rng()  # nobody can foresee it, and torch's own stays as it is
 
     def moves(number: int, changed: torch.Tensor) -> torch.Tensor:
@@ -895,8 +896,9 @@ def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor
         yield "mixes rows of a batch", LEAK_NATS, moved, first[kept]
     positions, order = torch.arange(T), torch.from_numpy(dice.permutation(T - 1))
     moved, weights = [], []
-    for number, start in enumerate(range(0, cuts, B)):
-        number, cut = turns[number % len(batches)], order[(start + torch.arange(B)) % (T - 1)][:, None]
+    for turn, start in enumerate(range(0, cuts, B)):
+        number = turns[turn % len(batches)]
+        cut = order[(start + torch.arange(B)) % (T - 1)][:, None]  # (B, 1)
         until, at = (mask.to(batches[0].device) for mask in (positions <= cut, positions == cut))
         moved.append(moves(number, ~until).where(until, 0))
         weights.append(token_bytes[batches[number][:, 1:]].where(at, 0))
