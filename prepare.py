@@ -522,6 +522,11 @@ class Tokenizer:
         return torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
+def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
+    """Bytes of each token of the active contract's tokenizer, int32 (V,)."""
+    return Tokenizer.from_directory().get_token_bytes(device)
+
+
 def _train_tokenizer(contract: Contract, parts: list[Part]) -> Tokenizer:
     """Train on the first `tokenizer_chars` characters of the training text."""
     chars = 0
@@ -755,18 +760,6 @@ def make_dataloader(
                 _RUN.alive = None
 
     return batches()
-
-
-def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
-    """Bytes of each token of the active contract's tokenizer, int32 (V,)."""
-    return Tokenizer.from_directory().get_token_bytes(device)
-
-
-def default_device() -> torch.device:
-    """CUDA or ROCm, then Apple's MPS, then the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1034,6 +1027,13 @@ def _git(*arguments: str) -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         said = subprocess.check_output(command, stderr=quiet, text=True, timeout=10, env=env)
         return said.strip()
+
+
+def default_device() -> torch.device:
+    """CUDA or ROCm, then Apple's MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
