@@ -726,7 +726,7 @@ def make_dataloader(
     B. Same cache, same rows. The tensors are the caller's to keep. The first batch of "train"
     begins the run: its evidence, and its watchdog, which `close()` ends.
     """
-    contract, device, epoch = active_contract()[0], torch.device(device or default_device()), 0
+    contract, device = active_contract()[0], torch.device(device or default_device())
     if split not in ("train", "val", "test"):
         raise Failure(f"there is no split {split!r}; use train, val or test")
     if not tokenizer.belongs_to(contract):
@@ -738,6 +738,7 @@ def make_dataloader(
                       "text there, delete token_ids and run: uv run prepare.py")
     if split == "train":
         _RUN.begin(shards)
+    epoch = 0
 
     def documents() -> Iterator[np.ndarray]:
         nonlocal epoch
