@@ -1224,8 +1224,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 def describe(contract: Contract, why: str) -> str:
     """The first lines that prepare.py and train.py print."""
-    lines = [f"contract: {contract.name} ({why}); cache: {contract.folder}", unseen_gpu()]
-    return "\n".join(filter(None, lines))
+    return f"contract: {contract.name} ({why}); cache: {contract.folder}\n{unseen_gpu()}".rstrip()
 
 
 def unseen_gpu() -> str:
