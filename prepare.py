@@ -267,11 +267,12 @@ def _progress(label: str, total: float | None, unit: str) -> tqdm.tqdm:
 # Data: download from the hub, or the docstrings that are here already
 
 PATIENCE = 60  # seconds without a byte until a connection is broken; the first pause is a 30th
-ATTEMPTS = 5  # at each file, and in each so many at an answer
+ATTEMPTS = 5  # at a file; also how often each request for it is repeated until it is answered
 PACKAGES = ("torch", "numpy", "sympy", "networkx")  # read for DOCSTRINGS
 MIN_DOCSTRING = 200  # characters
 # Text in three double quotes; other strings and comments, which may hold such quotes, are skipped
-DOCSTRING = r"""\"{3}((?:\\.|[^\\])*?)"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|#[^\n]*"""
+DOCSTRING_PATTERN = (
+    r"""\"{3}((?:\\.|[^\\])*?)"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|#[^\n]*""")
 
 
 def _session() -> requests.Session:
@@ -422,7 +423,7 @@ def _write_docstrings(folder: Path, names: list[str]) -> None:
             digit = hashlib.sha256(module.encode()).digest()[0] % 10
             file = {0: "val.parquet", 1: "test.parquet"}.get(digit, "train.parquet")
             source = path.read_text(encoding="utf-8", errors="replace")
-            for text in map(inspect.cleandoc, re.findall(DOCSTRING, source, re.DOTALL)):
+            for text in map(inspect.cleandoc, re.findall(DOCSTRING_PATTERN, source, re.DOTALL)):
                 if len(text) >= MIN_DOCSTRING:
                     file_of.setdefault(text, file)
     for name in names:
@@ -664,7 +665,8 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
                 print(f"{path} is not what it was when it was made; making it again")
                 path.unlink()
         digest = _digest(dataclasses.asdict(dataclasses.replace(contract, time_budget=0)))
-        # With a new tokenizer all tokens go; without token_ids exams are of commits that lost text
+        # A new tokenizer makes all tokens void. A cache without token_ids comes from an older
+        # commit, whose exams may lack text
         edited = before.get("contract", digest) != digest
         anew = edited or not (folder / "tokenizer.tiktoken").exists()
         if anew or not (folder / "token_ids").exists():
@@ -929,9 +931,10 @@ EVIDENCE = HERE / "runs.jsonl" if OURS else Path("runs.jsonl")
 class _Run:
     """This process's run, from its first training batch on; a score leaves a line in runs.jsonl."""
 
-    began = alive = None
+    began = None  # when the first training batch was drawn, by time.monotonic()
+    alive = None  # when a batch was last drawn or scored; None: the watchdog has nothing to watch
     tokens = held_out_tokens = evaluations = 0
-    seen = frozenset()
+    compared = frozenset()  # files that `changed` has looked at
 
     @functools.cached_property
     def facts(self) -> dict:
@@ -948,9 +951,9 @@ class _Run:
         """Whether the script, or what it imported from here since the last look, is not the commit's."""
         files = {str(SCRIPT), *(str(getattr(m, "__file__", None)) for m in [*sys.modules.values()])}
         library = os.path.dirname(os.__file__)  # Python's own, which may be installed here
-        own = {file for file in files - self.seen if file.startswith(f"{HERE}{os.sep}")
+        own = {file for file in files - self.compared if file.startswith(f"{HERE}{os.sep}")
                and "site-packages" not in file and not file.startswith(library)}
-        self.seen |= own
+        self.compared |= own
         paths = {file: Path(file).relative_to(HERE).as_posix() for file in own}
         now = _git("hash-object", "--", *paths)  # git status believes flags that hide a change
         then = _git("rev-parse", *(f"{commit}:./{path}" for path in paths.values()))
