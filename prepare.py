@@ -213,10 +213,7 @@ def _write(path: Path, pieces: Iterable[bytes]) -> None:
 
 
 def _derive(path: Path, source: Path, pieces: Iterator[bytes]) -> None:
-    """Write what is made from a source, unless it is there and has the source's time.
-
-    `pieces` is a generator: where nothing is to be written, nothing is computed.
-    """
+    """Write what is made from a source, unless it has the source's time: then no piece is made."""
     changed = source.stat().st_mtime_ns
     if not path.exists() or path.stat().st_mtime_ns != changed:
         _write(path, pieces)
@@ -549,8 +546,8 @@ def _train_tokenizer(contract: Contract, parts: list[Part]) -> Tokenizer:
     with _progress("train the tokenizer", None, " characters") as bar:
         trainer.train_from_iterator(texts(), contract.vocab_size - SPECIALS, pattern=SPLIT_PATTERN)
     if not chars:
-        raise Failure(f"no text to train on in {[name for name, _, _ in parts]} of "
-                      f"{contract.folder}")
+        names = [name for name, _, _ in parts]
+        raise Failure(f"no text to train on in {names} of {contract.folder}")
     if chars < contract.tokenizer_chars and contract.train_files > len(parts):
         print(f"note: with so few shards the tokenizer saw {chars:,} characters instead of "
               f"{contract.tokenizer_chars:,}, so the fingerprint is not the usual one. To train it "
@@ -665,8 +662,7 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
                 print(f"{path} is not what it was when it was made; making it again")
                 path.unlink()
         digest = _digest(dataclasses.asdict(dataclasses.replace(contract, time_budget=0)))
-        # A new tokenizer makes all tokens void. A cache without token_ids comes from an older
-        # commit, whose exams may lack text
+        # A new tokenizer voids all tokens; exams without token_ids are an older commit's
         edited = before.get("contract", digest) != digest
         anew = edited or not (folder / "tokenizer.tiktoken").exists()
         if anew or not (folder / "token_ids").exists():
