@@ -713,11 +713,11 @@ def _locked(folder: Path) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------
 # Loader
 
+Batch = tuple[torch.Tensor, torch.Tensor, int]  # x, y, epoch
 
-def make_dataloader(
-        tokenizer: Tokenizer, B: int, T: int, split: str, buffer_size: int = 1000,
-        device: str | torch.device | None = None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+
+def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, buffer_size: int = 1000,
+                    device: str | torch.device | None = None) -> Iterator[Batch]:
     """Yield (x, y, epoch) for ever: int64 (B, T) on the device, y is x one token on; epochs from 1.
 
     Rows are those of `pack_rows` over the split's documents, in an order that does not depend on
@@ -744,7 +744,7 @@ def make_dataloader(
             epoch += 1
             yield from read_documents(contract, parts, bos)
 
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    def batches() -> Iterator[Batch]:
         rows = pack_rows(documents(), T + 1, buffer_size)
         try:
             while True:
