@@ -1077,6 +1077,8 @@ def verdict() -> str:
             for line in ledger.splitlines() if line.count("\t") > 2]
     if ledger and (not rows or "\0" in ledger):  # UTF-16
         raise Failure("results.tsv has no cells with tabs between them; save it as text with tabs")
+    # Of each row: commit, `keep`, `disc` or another status, text
+    rows = [(row[0][:7], row[3][:4].replace("kept", "keep"), row[4]) for row in rows]
     for line in _read(HERE / "runs.jsonl", "replace").splitlines():
         # No line of ours, or cut off
         with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
@@ -1107,7 +1109,7 @@ def verdict() -> str:
     baseline = re.compile(
         r"((new|first|initial|the) )?baseline(\W*|\W*\d+\W*|\W+(again|re-?run|runs?|seed|n|on|"
         r"for|of|default|unchanged|unmodified|original|no change)\b.*)")
-    named = [row[0][:7] for row in reversed(rows) if baseline.fullmatch(row[4])]  # the last first
+    named = [commit for commit, _, text in reversed(rows) if baseline.fullmatch(text)]
     usable = [commit for commit in named if of(commit, 42)]
     base = next(filter(behind, usable), usable[0] if usable else head)
     missing = [f"SEED={seed}" for seed in (42, 43) for _ in range(2 - len(of(base, seed)))]
@@ -1117,7 +1119,7 @@ def verdict() -> str:
         if any(run["commit"] in named and run["commit"] not in usable for run in every):
             note = ("note: the baselines of results.tsv ran on another machine, contract, torch or "
                     "prepare.py. Is HEAD an attempt? Step 7 then, and a new baseline\n")
-        elif not named and any(row[3][:4] in ("keep", "kept") for row in rows):
+        elif not named and any(status == "keep" for _, status, _ in rows):
             note = "note: no row of results.tsv has the text `baseline`\n"
         return f"{note}verdict: baseline: {more} of {base}: {', '.join(missing)}"
 
@@ -1125,8 +1127,8 @@ def verdict() -> str:
     if not of(head, 42):
         return f"verdict: run SEED=42 ({head} has no run since the baseline, {base}, was run)"
     # A later row may take a keep back. A crash does not, nor does a re-run make an old commit last
-    last = {row[0][:7]: row[3][:4] for row in rows if row[3][:4] in ("keep", "kept", "disc")}
-    kept = [commit for commit in reversed(last) if last[commit] in ("keep", "kept")] + [base]
+    last = {commit: status for commit, status, _ in rows if status in ("keep", "disc")}
+    kept = [commit for commit in reversed(last) if last[commit] == "keep"] + [base]
     best = next((commit for commit in kept if of(commit, 42) and behind(commit)), base)
     equal = [key for key in {(run["commit"], run["seed"]) for run in runs} if len(of(*key)) > 1]
     noise = 1.5 * max(np.ptp(of(*key)) for key in equal)
