@@ -981,7 +981,7 @@ class _Run:
         """End a run that hangs, so that it does not stop the night: tracebacks, then the reason."""
         waited, seen, nap = 0.0, None, min(1, HANG_SECONDS / 4)
         while waited < HANG_SECONDS:  # not by the clock, which goes on while a process is stopped
-            waited = waited + nap if self.alive and self.alive == seen else 0.0
+            waited = (waited + nap) if self.alive and self.alive == seen else 0.0
             seen = self.alive
             time.sleep(nap)
         with contextlib.suppress(Exception):  # stderr may be closed
@@ -993,14 +993,14 @@ class _Run:
 
     def elapsed(self) -> float | None:
         """Seconds since the first training batch was drawn."""
-        return self.began and round(time.monotonic() - self.began, 1)
+        return None if self.began is None else round(time.monotonic() - self.began, 1)
 
     def write_evidence(self, contract: Contract, split: str, bpb: float, device: torch.device,
                        trained: float | None) -> None:
         self.evaluations += 1
         if self.facts["dirty"] is False:  # what was imported in main
             self.facts["dirty"] = self.changed(self.facts["commit"])
-        line = json.dumps({
+        line = json.dumps({  # `facts` has seed and shards of a run that trained, as it began
             "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "seed": torch.initial_seed(), "shards": _noted_shards(contract), **self.facts,
             "contract": fingerprint(contract), "split": split, "bpb": bpb,
