@@ -944,11 +944,16 @@ class _Run:
         }
 
     def changed(self, commit: str) -> bool | None:
-        """Whether the script, or what it imported from here since the last look, is not the commit's."""
-        files = {str(SCRIPT), *(str(getattr(m, "__file__", None)) for m in [*sys.modules.values()])}
-        library = os.path.dirname(os.__file__)  # Python's own, which may be installed here
-        own = {file for file in files - self.compared if file.startswith(f"{HERE}{os.sep}")
-               and "site-packages" not in file and not file.startswith(library)}
+        """Whether the script, or what it imported from here since the last look, is not the commit's.
+
+        Here may also lie Python itself, its packages, what torch compiled and the hub's snapshots.
+        """
+        modules = {str(getattr(module, "__file__", None)) for name, module in [*sys.modules.items()]
+                   if not name.startswith("torch.")}
+        others = re.compile(f"^{re.escape(os.path.dirname(os.__file__))}|site-packages|snapshots")
+        own = {file for file in modules if file.startswith(f"{HERE}{os.sep}")
+               and file.endswith(".py") and not others.search(file)}
+        own = (own | {str(SCRIPT)}) - self.compared
         self.compared |= own
         paths = {file: Path(file).relative_to(HERE).as_posix() for file in own}
         now = _git("hash-object", "--", *paths)  # git status believes flags that hide a change
@@ -1254,7 +1259,7 @@ def main() -> None:
     parser.add_argument("--num-shards", type=int, metavar="N",
                         help=f"training shards, -1: all (default {DEFAULT_SHARDS} or as last time)")
     parser.add_argument("--download-workers", type=int, metavar="N", default=8,
-                        choices=range(1, 65), help="files at a time, up to 64 (default 8)")
+                        help="files at a time, up to 64 (default 8)")
     parser.add_argument("--verdict", action="store_true", help="only apply the keep rule to HEAD")
     arguments = parser.parse_args()
     if arguments.verdict:
@@ -1264,6 +1269,8 @@ def main() -> None:
     shards = contract.train_files if arguments.num_shards == -1 else arguments.num_shards
     if shards is not None and not 1 <= shards <= contract.train_files:
         parser.error(f"--num-shards {shards}: it takes 1 to {contract.train_files}, or -1 for all")
+    if not 1 <= arguments.download_workers <= 64:
+        parser.error(f"--download-workers {arguments.download_workers}: it takes 1 to 64")
     start = time.monotonic()
     prepare(contract, shards, arguments.download_workers)
     if arguments.contract:

@@ -543,9 +543,12 @@ def test_what_a_script_imports_from_here_is_part_of_it_and_a_script_elsewhere_or
         assert json.loads(capsys.readouterr().out) == [[each, Path(name).name, sha256] for each in dirty]
 
 
-SCORE = """import prepare, torch
+SCORE = """import prepare, sys, torch, types
 prepare._RUN.facts
 import late
+compiled = types.ModuleType("torch._inductor.runtime.compile_tasks.c5g")
+compiled.__file__ = str(prepare.HERE / ".cache" / "c5g.py")
+sys.modules[compiled.__name__] = compiled
 prepare.fingerprint = str
 prepare._RUN.write_evidence(prepare.CONTRACTS["demo"], "val", 1.0, torch.device("cpu"), None)
 """
@@ -558,7 +561,7 @@ def test_what_is_imported_after_the_run_began_counts_too_even_where_git_status_i
     for text in "LR = 1", "LR = 2":
         (tmp_path / "late.py").write_text(text)
         subprocess.run(["git", "update-index", "--assume-unchanged", "late.py"], cwd=tmp_path, check=True)
-        for module in "prepare", "late":
+        for module in "prepare", "late", "torch._inductor.runtime.compile_tasks.c5g":
             monkeypatch.delitem(sys.modules, module, raising=False)
         runpy.run_path("train.py", run_name="__main__")
     assert [line["dirty"] for line in evidence()] == [False, True]
