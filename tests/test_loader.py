@@ -1,18 +1,12 @@
 """The loader: exactly best-fit rows, in the same order always; no batch lost, repeated or torn."""
 
 import itertools
-import random
 
-import numpy as np
 import pytest
 import torch
 from conftest import some_texts
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import prepare
-
-BOS = 65_535  # of made-up documents
 
 
 def naive_rows(documents, length, buffer_size):
@@ -30,25 +24,6 @@ def naive_rows(documents, length, buffer_size):
             take = sizes.index(max(fitting) if fitting else min(sizes))  # the first of that length
             row += list(buffer.pop(take))[:left]
         yield row, read
-
-
-@st.composite
-def streams(draw):
-    """(length of a row, lengths of documents, of which many are equal)."""
-    length = draw(st.integers(1, 40))
-    near = st.sampled_from([1, 2, length, length + 1, max(length - 1, 1)])
-    sizes = draw(st.lists(near | st.integers(1, 4 * length), min_size=1, max_size=12))
-    return length, random.Random(draw(st.integers())).choices(sizes, k=draw(st.integers(1, 700)))
-
-
-@settings(max_examples=120, deadline=None)
-@given(streams(), st.sampled_from([1, 2, 100, 129, 1000]))
-def test_rows_are_those_of_the_naive_packing(stream, buffer_size):
-    length, sizes = stream
-    documents = [np.array([BOS] + [i] * (size - 1), dtype=np.uint16) for i, size in enumerate(sizes)]
-    rows = [row.tolist() for row in prepare.pack_rows(documents, length, buffer_size)]
-    assert rows == [row for row, _ in naive_rows(documents, length, buffer_size)]
-    assert all(row[0] == BOS for row in rows)
 
 
 def encoded(tokenizer, *shards: int) -> list[list[int]]:
