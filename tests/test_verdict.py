@@ -147,14 +147,10 @@ def test_an_attempt_on_another_machine_is_told_from_a_baseline(night):
     assert prepare.verdict().startswith("note: the baselines of results.tsv ran on another machine")
 
 
-def test_a_run_that_drew_no_training_text_is_not_kept(night):
-    assert night.verdict(1.2, tokens=0) == "discard"
-    assert "note: newnewn drew no batch of the split train" in prepare.verdict()
-
-
-def test_a_run_that_drew_batches_of_a_held_out_split_is_not_kept(night):
-    assert night.verdict(1.2, held_out_tokens=64) == "discard"
-    assert "note: newnewn drew batches of the split val or test" in prepare.verdict()
+@pytest.mark.parametrize("drew, note", [
+    ({"tokens": 0}, "no batch of the split train"), ({"held_out_tokens": 64}, "batches of the split val or test")])
+def test_a_run_that_drew_no_training_text_or_a_held_out_split_is_not_kept(night, drew, note):
+    assert night.verdict(1.2, **drew) == "discard" and f"note: newnewn drew {note}" in prepare.verdict()
 
 
 def test_baselines_that_the_machine_drove_apart_are_to_be_measured_again(night):
