@@ -168,10 +168,9 @@ def test_a_gain_of_a_run_that_trained_more_has_to_hold_under_the_other_seed(nigh
     assert night.verdict() == "discard"
 
 
-def test_a_run_that_trained_for_longer_than_the_baseline_is_discarded_and_says_why(monkeypatch):
+def test_a_run_that_trained_for_longer_than_the_baseline_is_discarded_and_says_why(night):
     """Whatever it scored: code off the clock, say. The last step may end a little late."""
-    night = Night(monkeypatch)
-    night.baseline("basebas", 1.50, 1.58, 1.52, 1.58, training_seconds=60.2)
+    night.baseline("morning", 1.50, 1.58, 1.52, 1.58, training_seconds=60.2)
     assert night.verdict(1.40, training_seconds=63.2) == "keep" and "trained for" not in prepare.verdict()
     night.row("keep")
     night.run("another", 42, 1.30, training_seconds=63.3)
@@ -226,9 +225,7 @@ def test_other_contracts_splits_edited_files_second_exams_broken_lines_and_earli
 
 @pytest.mark.parametrize("text", ["baseline 2", "Baseline (unchanged)", "new baseline", "baseline run 1, SEED=43",
                                   "Initial baseline", "baseline on an H200", "baseline (n=1)"])
-def test_a_baseline_may_be_said_in_other_words_but_not_an_idea_that_follows_it(monkeypatch, text):
-    night = Night(monkeypatch)
-    night.baseline("basebas", 1.50, 1.58, 1.52, 1.58)
+def test_a_baseline_may_be_said_in_other_words_but_not_an_idea_that_follows_it(night, text):
     ledger = Path("results.tsv")
     ledger.write_text(ledger.read_text().replace("\tbaseline", f"\t{text}"))
     night.run("another", 42, 1.40)
