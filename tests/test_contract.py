@@ -1,12 +1,10 @@
 """The contract: which one is active, what the fingerprint covers, and the fence around importing."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, forget, some_texts, write_shards
+from conftest import TINY, forget, run, some_texts, write_shards
 
 import prepare
 
@@ -22,8 +20,7 @@ sys.addaudithook(hook)
 import prepare, train
 assert not torch.cuda.is_initialized()
 """
-    env = {"PATH": "", "HOME": str(tmp_path), "AUTORESEARCH_CACHE": str(tmp_path / "AUTORESEARCH")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = run("-c", code, PATH="", HOME=str(tmp_path), AUTORESEARCH_CACHE=str(tmp_path / "AUTORESEARCH"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
