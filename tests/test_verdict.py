@@ -51,6 +51,7 @@ def night(monkeypatch):
 @pytest.mark.parametrize("lines, memory, scores, word", [
     (0, 1, (1.479,), "keep"), (500, 1, (1.479,), "keep"),  # better by more than the noise, under one seed
     (0, 1, (1.481,), "run SEED=43"), (0, 1, (1.51,), "discard"), (-9, 1, (1.52,), "discard"),
+    (0, 1, (1.511, 1.40), "discard"),  # SEED=42 comes first: nobody tries seeds until one is lucky
     (0, 1, (1.509, 1.560), "keep"), (0, 1, (1.509, 1.562), "discard"),  # in the mean of both by 0.0105 and 0.0095
     (-10, 1, (1.539,), "run SEED=43"), (-10, 1, (1.541,), "discard"),  # less code may cost a little...
     (-10, 1, (1.519, 1.588), "keep"), (-10, 1, (1.519, 1.592), "discard"),  # ...in the mean of both
