@@ -706,7 +706,8 @@ def sizes(kind, seq_len, vocab_size):
            "above 0 and at most 79, where a sum of 8192 exp still fits into float32")
     for name in {"HALF_BATCH_RATIO", "NEXT_BUT_ONE", "X0_INIT", "X0_LR", "EMBEDDING_LR", "BIGRAM_LR",
                  "MATRIX_LR", "UNEMBEDDING_LR", "RESID_LR", "WARMDOWN_RATIO"} & set(globals()):
-        demand(isinstance(knob(name, kind), (int, float)), name, knob(name, kind), "a number")
+        value = knob(name, kind)
+        demand(isinstance(value, (int, float)), name, value, "a number")
     demand(isinstance(WEIGHT_DECAY, dict), "WEIGHT_DECAY", WEIGHT_DECAY, "one for each kind of weights")
     for name, pair in ("MUON_MOMENTUM", MUON_MOMENTUM), ("ADAM_BETAS", ADAM_BETAS):
         demand(isinstance(pair, (tuple, list)) and len(pair) == 2, name, pair, "a pair of numbers")
