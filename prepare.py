@@ -821,9 +821,7 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
              warm_up: bool = False) -> torch.Tensor:
     """Return -ln p of the batches' targets, float32 (rows, T), in eval mode, on the model's device.
 
-    ExamError for the first probe that moves a target or the score further than it may. In warm-up
-    what a model says is faint, its leaks and its rounding, too: the limits for one target are then
-    as much smaller as its -ln p spread by less than a nat.
+    ExamError for the first probe that moves a target or the score further than it may.
     """
     module = model if isinstance(model, torch.nn.Module) else torch.nn.Module()
     device = next((parameter.device for parameter in module.parameters()), default_device())
@@ -841,8 +839,6 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
             moved, weights = moved.cpu().double(), weights.cpu()
             nats, position = moved.abs().max().item(), moved.abs().argmax().item() % moved.size(1)
             worth = moved[weights > 0].sum().item() / (math.log(2) * max(weights.sum().item(), 1))
-            if warm_up:
-                limit *= min(1, max(0.01, torch.cat(nll).std().item()))  # 0.01: float32 rounds, too
             if nats > limit or abs(worth) > LEAK_BPB:
                 raise ExamError(
                     f"the model {what}: the log-probability of a target moves by up to {nats:.3g} "
@@ -861,15 +857,20 @@ def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor
             warm_up: bool) -> Iterator[tuple[str, float, torch.Tensor, torch.Tensor]]:
     """Change what a model must not know, and score what it still has to know.
 
-    batches: int (B, T + 1) each; nll: -ln p of their targets, (B, T) each. In warm-up a sample.
-    Yields what the model does if targets move; how many nats one may; by how many they got less
-    probable, (rows, T); and their bytes, 0 for those that do not count.
+    batches: int (B, T + 1) each; nll: -ln p of their targets, (B, T) each. Yields what the model
+    does if targets move; how many nats one may; by how many they got less probable, (rows, T); and
+    their bytes, 0 for those that do not count.
+
+    In warm-up a sample is tried. What a model says is faint then, and so are its leaks and its
+    rounding: the limits are multiplied by the standard deviation of -ln p where it is below 1 nat.
     """
     (B, T), V = nll[0].shape, len(token_bytes)
     halvings = (B - 1).bit_length()  # of a batch, to tell its places apart
     cuts = T - 1  # positions after which tokens change, each in a row of its own
+    share = 1  # of the limits
     if warm_up:
         halvings, cuts = min(1, halvings), 2 * B
+        share = min(1, max(0.01, torch.cat(nll).std().item()))  # 0.01: float32 rounds, too
     dice = np.random.default_rng()  # nobody can foresee it, and torch's own stays as it is
 
     def moves(number: int, changed: torch.Tensor) -> torch.Tensor:
@@ -881,12 +882,12 @@ def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor
     turns = dice.permutation(len(batches)).tolist()  # else a model could count its calls
     first = token_bytes[batches[turns[0]][:, 1:]]
     again = moves(turns[0], torch.zeros(B, T, dtype=torch.bool))
-    yield "has memory or is random", CHANCE_NATS, again, first
+    yield "has memory or is random", share * CHANCE_NATS, again, first
     places = torch.from_numpy(dice.permutation(B))
     for bit, side in itertools.product(range(halvings), (0, 1)):
         kept = (places >> bit) % 2 == side
         moved = moves(turns[0], ~kept[:, None].expand(B, T))[kept]
-        yield "mixes rows of a batch", LEAK_NATS, moved, first[kept]
+        yield "mixes rows of a batch", share * LEAK_NATS, moved, first[kept]
     positions, order = torch.arange(T), torch.from_numpy(dice.permutation(T - 1))
     moved, weights = [], []
     for turn, start in enumerate(range(0, cuts, B)):
@@ -895,7 +896,7 @@ def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor
         until, at = (mask.to(batches[0].device) for mask in (positions <= cut, positions == cut))
         moved.append(moves(number, ~until).where(until, 0))
         weights.append(token_bytes[batches[number][:, 1:]].where(at, 0))
-    yield "sees the future", LEAK_NATS, torch.cat(moved), torch.cat(weights)
+    yield "sees the future", share * LEAK_NATS, torch.cat(moved), torch.cat(weights)
 
 
 def _nll(model: Callable, x: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -956,9 +957,9 @@ class _Run:
                and file.endswith(".py") and not others.search(file)}
         own = (own | {str(SCRIPT)}) - self.compared
         self.compared |= own
-        paths = {file: Path(file).relative_to(HERE).as_posix() for file in own}
-        now = _git("hash-object", "--", *paths)  # git status believes flags that hide a change
-        then = _git("rev-parse", *(f"{commit}:./{path}" for path in paths.values()))
+        names = [Path(file).relative_to(HERE).as_posix() for file in own]
+        now = _git("hash-object", "--", *names)  # git status believes flags that hide a change
+        then = _git("rev-parse", *(f"{commit}:./{name}" for name in names))
         return None if now is None else now != then
 
     def begin(self, shards: int) -> None:
