@@ -295,9 +295,9 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
     # A run that hangs is ended, with all its children
     attempt("import time\ntime.sleep(300)\n")
     do("nohup")
-    shell(inline("kill -0"), folder, env)
+    assert "train.py" in shell(inline("ps -o"), folder, env)
     shell(inline("kill -- -"), folder, env)
-    shell(f"while {inline('kill -0')}; do sleep 0.1; done", folder, env)
+    shell(f"while {inline('ps -o')}; do sleep 0.1; done", folder, env)
     do("printf '%s\\t", "status=crash text=hangs")
     do("git reset -q")
 
@@ -314,7 +314,7 @@ def test_a_session_by_the_book_baseline_discard_crash_keep(tmp_path, demo_cache,
     do("printf '%s\\t", "status=discard text=elsewhere")
     results.write_text(before + results.read_text().splitlines()[-1] + "\n" + "".join(
         f"{commit}\t1.0\t1.0\t {status}\tby hand\n"
-        for commit, status in ((baseline, "**keep**"), (elsewhere[:7], "keep"), (elsewhere[:7], "discard"))))
+        for commit, status in ((baseline, "**keep**"), (elsewhere, "keep"), (elsewhere[:7], "discard"))))
     assert "\t0.700000\t2.0\tdiscard\telsewhere\n" in results.read_text()
     do("git reset -q")
     assert head() == baseline and train_py.read_text() == original
