@@ -924,6 +924,7 @@ HERE = Path(__file__).resolve().parent
 SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()  # that runs
 OURS = SCRIPT.is_file() and SCRIPT.parent == HERE
 EVIDENCE = HERE / "runs.jsonl" if OURS else Path("runs.jsonl")
+THREADS = torch.get_num_threads()  # of the machine: an edit of train.py may take others
 
 
 class _Run:
@@ -1063,7 +1064,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     processor = platform.processor() or platform.machine()
-    return f"{processor} {device.type}, {torch.get_num_threads()} threads"
+    return f"{processor} {device.type}, {THREADS} threads"
 
 
 # --------------------------------------------------------------------------------------------------

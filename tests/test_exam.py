@@ -487,7 +487,9 @@ KEYS = {"time", "commit", "dirty", "script", "train_sha256", "prepare_sha256", "
         "torch", "seed"}
 
 
-def test_a_scored_run_leaves_one_line_that_says_what_ran_and_whether_it_trained(tiny):
+def test_a_scored_run_leaves_one_line_that_says_what_ran_and_whether_it_trained(tiny, monkeypatch):
+    device = prepare.device_name(CPU)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)  # the run's, on the same machine
     torch.manual_seed(43)
     Path("runs.jsonl").write_text('{"bpb": 9}')  # as an editor leaves it that takes the last line end away
     loader = prepare.make_dataloader(tiny, 4, 32, "train", device="cpu")
@@ -504,7 +506,7 @@ def test_a_scored_run_leaves_one_line_that_says_what_ran_and_whether_it_trained(
     expected = {
         "bpb": bpb, "split": "val", "contract": prepare.fingerprint(), "tokens": 5 * 4 * 32, "seed": 43,
         "held_out_tokens": 2 * 4 * 32,
-        "evaluation": 1, "shards": int(shards), "torch": torch.__version__, "device": prepare.device_name(CPU),
+        "evaluation": 1, "shards": int(shards), "torch": torch.__version__, "device": device,
         "commit": git.stdout.strip() if git.returncode == 0 else None}
     other, line = evidence()
     assert other == {"bpb": 9} and set(line) == KEYS and expected.items() <= line.items()
