@@ -302,7 +302,7 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
             raise Failure(f"{name} is no address like https://huggingface.co; mend or unset it")
     url = f"{base}/datasets/{contract.dataset}/resolve/main/"
     offline = "No network? `uv run prepare.py --contract demo` needs none."
-    some = ", ".join(names[:3]) + ", …" * (len(names) > 3)
+    some = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
     print(f"{len(names)} files to get from {_host(base)}: {some}", flush=True)
     try:
         headers = session.head(url + names[0]).headers
@@ -313,7 +313,9 @@ def _download_all(contract: Contract, names: list[str], workers: int) -> None:
         size = 0  # it does not say
     except OSError as error:  # REQUESTS_CA_BUNDLE names no file, say
         raise Failure(f"cannot ask {_host(base)} ({cause(error)})") from error
-    need, free = 2.5 * size / 1e9, shutil.disk_usage(folder).free / 1e9  # text, and its tokens
+    there = sum(part.stat().st_size for part in folder.glob("*.part"))
+    need = (2.5 * size - there) / 1e9  # text, and its tokens
+    free = shutil.disk_usage(folder).free / 1e9
     if need > free:
         raise Failure(f"about {need:.1f} GB needed, {free:.1f} GB free in {folder}. Free some, ask "
                       "for fewer --num-shards, or move AUTORESEARCH_CACHE")
@@ -397,9 +399,10 @@ def _host(url: str) -> str:
 
 def cause(error: BaseException) -> str:
     """The innermost reason, a line without URLs, which may hold a password."""
+    proxy = "the proxy: " * isinstance(error, requests.exceptions.ProxyError)
     while inner := error.__cause__ or error.__context__:
         error = inner
-    return re.sub(r"://\S*", "://…", str(error) or repr(error)).splitlines()[0][:200]
+    return proxy + re.sub(r"://\S*", "://…", str(error) or repr(error)).splitlines()[0][:200]
 
 
 def _unreadable(path: Path, error: BaseException) -> Failure:
@@ -698,7 +701,7 @@ def _locked(folder: Path) -> Iterator[None]:
             print(f"another process is preparing {folder}; waiting for it", flush=True)
             held = lock.acquire()
         except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES):
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
             held = contextlib.nullcontext()  # nobody can write here, and a whole cache needs none
         with held:
