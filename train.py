@@ -115,7 +115,9 @@ NEXT_BUT_ONE = {"cuda": 0.5, "mps": 0.5, "cpu": 0.0}
 def knob(name, kind, least=None):
     """The value of a hyperparameter on a device type; with `least`, a whole number not below that."""
     value = globals()[name]
-    value = value[kind] if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        demand(kind in value, name, value, f"a value for {kind!r} too")
+        value = value[kind]
     if least is not None:
         demand(isinstance(value, int) and value >= least, name, value, f"a whole number, at least {least}")
     return value
@@ -692,9 +694,6 @@ def compute_dtype(device):
 
 def sizes(kind, seq_len, vocab_size):
     """(GPTConfig, tokens per step, rows at once) of the knobs on a device type; checks them."""
-    for name, value in globals().items():
-        if isinstance(value, dict) and {"cuda", "mps", "cpu"} & set(value):
-            demand(kind in value, name, value, f"a value for {kind!r} too")
     depth, head_dim = knob("DEPTH", kind, 1), knob("HEAD_DIM", kind, 1)
     n_embd = math.ceil(depth * knob("ASPECT_RATIO", kind, 1) / head_dim) * head_dim  # whole heads
     n_head, shared = n_embd // head_dim, knob("HEADS_PER_KV_HEAD", kind, 1)
