@@ -384,11 +384,10 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -
 def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        labels = (parts.hostname or "").rstrip(".").split(".")
+        host = (parts.hostname or "").encode("idna")  # ValueError: a label is empty or too long
         rest = parts.path + parts.query + parts.fragment  # of a password with one of / ? #
         return (parts.scheme in ("http", "https", "socks5", "socks5h", "socks4")
-                and parts.port != 0 and all(1 <= len(label) < 64 for label in labels)
-                and "@" not in rest and len(url.split()) == 1)
+                and host != b"" and parts.port != 0 and "@" not in rest and len(url.split()) == 1)
     except ValueError:
         return False
 
