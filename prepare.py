@@ -832,11 +832,10 @@ def _examine(model: Callable, batches: list[torch.Tensor], tokenizer: Tokenizer,
     modes = {part: part.training for part in module.modules()}
     try:
         module.eval()  # its own, too: it may put averaged weights in, and train() take them out
-        # A first batch that does not count, see evaluate_bpb
+        # The first batch is random and does not count, see evaluate_bpb
         drawn = np.random.default_rng().integers(len(token_bytes), size=batches[0].shape)
-        drawn = torch.from_numpy(drawn).to(device)
-        _nll(model, drawn[:, :-1], drawn[:, 1:], len(token_bytes))
-        nll = [_nll(model, batch[:, :-1], batch[:, 1:], len(token_bytes)) for batch in batches]
+        _, *nll = (_nll(model, batch[:, :-1], batch[:, 1:], len(token_bytes))
+                   for batch in (torch.from_numpy(drawn).to(device), *batches))
         for what, limit, moved, weights in _probes(model, batches, nll, token_bytes, warm_up):
             moved, weights = moved.cpu().double(), weights.cpu()
             nats, position = moved.abs().max().item(), moved.abs().argmax().item() % moved.size(1)
@@ -1033,10 +1032,9 @@ def _git(*arguments: str) -> str | None:
     """What git says in this repo, or None if it does not answer."""
     other = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # of the repo whose hook runs this, say
     env = {name: value for name, value in os.environ.items() if name not in other}
-    command, quiet = ["git", "-C", HERE, *arguments], subprocess.DEVNULL
+    options = dict(stderr=subprocess.DEVNULL, text=True, timeout=10, env=env)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        said = subprocess.check_output(command, stderr=quiet, text=True, timeout=10, env=env)
-        return said.strip()
+        return subprocess.check_output(["git", "-C", HERE, *arguments], **options).strip()
 
 
 def default_device() -> torch.device:
