@@ -199,7 +199,7 @@ def _digest(terms: list | dict) -> str:
 
 
 def _write(path: Path, pieces: Iterable[bytes]) -> None:
-    """Give a file its name when it is whole. Writers hold the cache's lock: .tmp is theirs."""
+    """Write FILE.tmp, then rename it: what has its name is whole. Callers hold the cache's lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -213,7 +213,7 @@ def _write(path: Path, pieces: Iterable[bytes]) -> None:
 
 
 def _derive(path: Path, source: Path, pieces: Iterator[bytes]) -> None:
-    """Write what is made from a source, unless it has the source's time: then no piece is made."""
+    """Write what is made from a source, with its mtime; if it has that already, make no piece."""
     changed = source.stat().st_mtime_ns
     if not path.exists() or path.stat().st_mtime_ns != changed:
         _write(path, pieces)
@@ -263,7 +263,7 @@ def _progress(label: str, total: float | None, unit: str) -> tqdm.tqdm:
 # --------------------------------------------------------------------------------------------------
 # Data: download from the hub, or the docstrings that are here already
 
-PATIENCE = 60  # seconds without a byte until a connection is broken; the first pause is a 30th
+PATIENCE = 60  # seconds without a byte until a connection is given up; a first pause is a 30th
 ATTEMPTS = 5  # at a file; also how often each request for it is repeated until it is answered
 PACKAGES = ("torch", "numpy", "sympy", "networkx")  # read for DOCSTRINGS
 MIN_DOCSTRING = 200  # characters
@@ -375,7 +375,7 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -
         except (pa.ArrowException, ValueError, OSError, KeyError) as error:
             why = f"{response.headers.get('Content-Type', 'something')} came: {cause(error)}"
             part.unlink(missing_ok=True)
-        else:  # what is whole is not thrown away, should its name be refused
+        else:  # not in the try: should the file system refuse the name, the whole .part stays
             os.replace(part, path)
             return None
     return f"{why}; gave up after {ATTEMPTS} attempts"
@@ -858,19 +858,19 @@ def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor
             warm_up: bool) -> Iterator[tuple[str, float, torch.Tensor, torch.Tensor]]:
     """Change what a model must not know, and score what it still has to know.
 
-    batches: int (B, T + 1) each; nll: -ln p of their targets, (B, T) each. Yields what the model
-    does if targets move; how many nats one may; by how many they got less probable, (rows, T); and
-    their bytes, 0 for those that do not count.
+    batches: int (B, T + 1) each; nll: -ln p of their targets, (B, T) each. Yields per probe: what
+    a model does whose -ln p change; the limit in nats for one target; the changes, (rows, T); the
+    targets' bytes, 0 where a change does not count for the score's.
 
     In warm-up a sample is tried. What a model says is faint then, and so are its leaks and its
     rounding: the limits are multiplied by the standard deviation of -ln p where it is below 1 nat.
     """
     (B, T), V = nll[0].shape, len(token_bytes)
-    halvings = (B - 1).bit_length()  # of a batch, to tell its places apart
+    bits = (B - 1).bit_length()  # of the numbers of a batch's places: any two differ in one of them
     cuts = T - 1  # positions after which tokens change, each in a row of its own
     share = 1  # of the limits
     if warm_up:
-        halvings, cuts = min(1, halvings), 2 * B
+        bits, cuts = min(1, bits), 2 * B
         share = min(1, max(0.01, torch.cat(nll).std().item()))  # 0.01: float32 rounds, too
     dice = np.random.default_rng()  # nobody can foresee it, and torch's own stays as it is
 
@@ -885,7 +885,7 @@ def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor
     again = moves(turns[0], torch.zeros(B, T, dtype=torch.bool))
     yield "has memory or is random", share * CHANCE_NATS, again, first
     places = torch.from_numpy(dice.permutation(B))
-    for bit, side in itertools.product(range(halvings), (0, 1)):
+    for bit, side in itertools.product(range(bits), (0, 1)):
         kept = (places >> bit) % 2 == side
         moved = moves(turns[0], ~kept[:, None].expand(B, T))[kept]
         yield "mixes rows of a batch", share * LEAK_NATS, moved, first[kept]
@@ -950,7 +950,7 @@ class _Run:
     def changed(self, commit: str) -> bool | None:
         """Whether the script, or what it imported from here since the last look, is not the commit's.
 
-        Here may also lie Python itself, its packages, what torch compiled and the hub's snapshots.
+        Python itself, its packages, what torch compiled and the hub's snapshots may lie here, too.
         """
         modules = {str(getattr(module, "__file__", None)) for name, module in [*sys.modules.items()]
                    if not name.startswith("torch.")}
@@ -1134,7 +1134,7 @@ def verdict() -> str:
     runs = list(itertools.dropwhile(lambda run: run["commit"] != base, runs))  # this session's
     if not of(head, 42):
         return f"verdict: run SEED=42 ({head} has no run since the baseline, {base}, was run)"
-    # A later row may take a keep back. A crash does not, nor does a re-run make an old commit last
+    # A commit's last row but crashes counts, in the order of first rows: a dict keeps a key's place
     last = {commit: status for commit, status, _ in rows if status in ("keep", "disc")}
     kept = [commit for commit in reversed(last) if last[commit] == "keep"] + [base]
     best = next((commit for commit in kept if of(commit, 42) and behind(commit)), base)

@@ -38,8 +38,8 @@ def busy_share():
         return 0.0
 
 
-# With threads that spin while they wait a step of the demo takes 231 ms on two idle cores, without
-# 448; beside one busy program 798 and 344, beside two 7144 and 409 (medians of 2 to 36 steps).
+# A step of the demo on two cores, if waiting threads spin and if they sleep: 231 and 448 ms on idle
+# cores, 798 and 344 beside one busy program, 7144 and 409 beside two (medians of 2 to 36 steps).
 # Three looks, because a command may just be ending; load that comes later is not seen
 BUSY = (__name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ
         and all(busy_share() > 0.3 for _ in range(3)))
@@ -69,8 +69,8 @@ DEVICE_BATCH_SIZE = {"cuda": 32, "mps": 16, "cpu": 8}  # rows at once, at most; 
 # gradients are so much alike that more steps teach more. 0.002 better on H200s in 150 s (n = 2)
 HALF_BATCH_RATIO = {"cuda": 0.3, "mps": 0.0, "cpu": 0.0}
 WINDOW_PATTERN = {"cuda": "SSL", "mps": "L", "cpu": "L"}  # tiled over the layers; the last is L
-# Channels that attention and MLP read a position late: 0.02 better in the demo (n = 5), 0.004
-# worse on an H200 (n = 2)
+# Channels that attention and MLP take from the position before, see shift: 0.02 better in the demo
+# (n = 5), 0.004 worse on an H200 (n = 2)
 SHIFTED_CHANNELS = {"cuda": 0, "mps": 0, "cpu": 32}
 BIGRAM_ROWS = {"cuda": 2**22, "mps": 2**17, "cpu": 2**17}  # hashed bigrams, and trigrams; 0: none
 COMPILE = {"cuda": True, "mps": False, "cpu": False}  # a CPU needs a C++ compiler, and minutes
@@ -435,7 +435,7 @@ class GPT(nn.Module):
             ve = value_embeds.pop(0) if has_ve(i, self.config.n_layer) else None
             x = block(x, x0, ve, *lambdas, cos, sin)
             if targets is None and not self.training:  # the exam: keep no layer's activations
-                # requires_grad_ spares a compilation (see compile_parts); an edit may work in place
+                # requires_grad_: see compile_parts; clone: an edited block may work in place
                 x = x.detach().requires_grad_().clone()
         return self.head(x, targets)
 
@@ -517,8 +517,8 @@ def rows_step(table, rows, grads, second_moment, step, lr, beta2, eps):
 
     v <- beta2 v + (1 - beta2) mean(g^2);  p <- p - lr g / (sqrt(v / (1 - beta2^step)) + eps)
 
-    How many rows differ is known on the device only, and the host must not wait for it. So N rows
-    are stepped: those that differ, then the table's last, which no batch may read, by zeros.
+    Only the device knows how many rows differ, and the host must not wait for it. So N rows are
+    stepped: those that differ and, for the rest, the table's last by zeros: no batch may read it.
     """
     rows, order = rows.sort()
     place = F.pad((rows[1:] != rows[:-1]).cumsum(0), (1, 0))  # of each reading's row in `different`
