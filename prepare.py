@@ -1077,7 +1077,7 @@ def verdict() -> str:
     results.tsv says which commit is the baseline and which the best (the last kept one), runs.jsonl
     has the scores. They compare seed by seed: most of what a seed does, it does to all.
     """
-    head, runs = (_git("rev-parse", "HEAD") or "")[:7], []
+    head = (_git("rev-parse", "HEAD") or "")[:7]
     if not head:
         raise Failure("--verdict compares commits, and git knows none here")
     ledger = _read(HERE / "results.tsv", "replace").lower()
@@ -1087,9 +1087,9 @@ def verdict() -> str:
         raise Failure("results.tsv has no cells with tabs between them; save it as text with tabs")
     # Of each row: commit, `keep`, `disc` or another status, text
     rows = [(row[0][:7], row[3][:4].replace("kept", "keep"), row[4]) for row in rows]
+    runs = []
     for line in _read(HERE / "runs.jsonl", "replace").splitlines():
-        # No line of ours, or cut off
-        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):  # not ours, cut
             run = {"script": "train.py", "evaluation": 1} | json.loads(line)
             if (run["script"], run["dirty"], run["split"]) == ("train.py", False, "val"):
                 runs.append(run | {"commit": run["commit"][:7], "bpb": round(run["bpb"], 6),
@@ -1178,19 +1178,18 @@ def verdict() -> str:
         word = "run SEED=43"
     else:
         word = f"run BEST under SEED=43 ({best}; after it, this one)"
-    note = f"note: {head} evaluates more than once; the first score of a run counts\n" * again
-    note += f"note: {head} trained for {took:g} s, the baseline for {budget:g} s\n" * late
-    note += f"note: {head} drew no batch of the split train: what did it learn from?\n" * blind
-    note += f"note: {head} drew batches of the split val or test, which a run must not know\n" * peeked
-    if kept[0] != best:
-        note += (f"note: {kept[0]} is kept last in results.tsv, but has no such run under SEED=42 "
-                 "or is not behind HEAD\n")
     speed = ": SLOWER" if min(tokens) < -apart else ": FASTER" if faster else ""
-    if speed:
-        note += "note: if the change does not explain that speed, it is a `slow machine`\n"
-    if jitter > 0.1:
-        note += ("note: equal runs differ much: stop what else runs here or, on CPU cores, give "
-                 "every run OMP_WAIT_POLICY=PASSIVE; then, once, a new baseline\n")
+    notes = [
+        (again, f"{head} evaluates more than once; the first score of a run counts"),
+        (late, f"{head} trained for {took:g} s, the baseline for {budget:g} s"),
+        (blind, f"{head} drew no batch of the split train: what did it learn from?"),
+        (peeked, f"{head} drew batches of the split val or test, which a run must not know"),
+        (kept[0] != best, f"{kept[0]} is kept last in results.tsv, but has no such run under "
+                          "SEED=42 or is not behind HEAD"),
+        (speed, "if the change does not explain that speed, it is a `slow machine`"),
+        (jitter > 0.1, "equal runs differ much: stop what else runs here or, on CPU cores, give "
+                       "every run OMP_WAIT_POLICY=PASSIVE; then, once, a new baseline")]
+    note = "".join(f"note: {text}\n" for holds, text in notes if holds)
     return f"""best {best}: SEED=42 {of(best, 42)}, SEED=43 {of(best, 43)}
 HEAD {head}: SEED=42 {of(head, 42)}, SEED=43 {of(head, 43)}
 noise: {noise:.6f}, 1.5 x the largest difference between equal runs (n = {len(equal)})
