@@ -241,7 +241,7 @@ def _sha256(path: Path) -> str:
 
 
 def _noted_sums(contract: Contract) -> dict[str, str]:
-    """{name: SHA-256} of tokenizer, exams and contract as they were made; empty if they were not."""
+    """{name: SHA-256} of tokenizer, exams and contract as they were made; empty if none was."""
     words = _read(contract.folder / "SHA256SUMS").split()
     return dict(zip(words[1::2], words[::2]))
 
@@ -370,7 +370,7 @@ def _download(session: requests.Session, url: str, path: Path, bar: tqdm.tqdm) -
         digest = _sha256(part)
         try:
             if declared not in (None, digest):
-                raise ValueError(f"SHA-256 is {digest[:12]}…, the server declares {declared[:12]}…")
+                raise ValueError(f"SHA-256 is {digest[:12]}…, the server says {declared[:12]}…")
             pq.read_schema(part).field("text")
         except (pa.ArrowException, ValueError, OSError, KeyError) as error:
             why = f"{response.headers.get('Content-Type', 'something')} came: {cause(error)}"
@@ -948,7 +948,7 @@ class _Run:
         }
 
     def changed(self, commit: str) -> bool | None:
-        """Whether the script, or what it imported from here since the last look, is not the commit's.
+        """Whether script, or what it imported from here since the last look, is not the commit's.
 
         Python itself, its packages, what torch compiled and the hub's snapshots may lie here, too.
         """
@@ -1141,7 +1141,7 @@ def verdict() -> str:
     equal = [key for key in {(run["commit"], run["seed"]) for run in runs} if len(of(*key)) > 1]
     noise = 1.5 * max(np.ptp(of(*key)) for key in equal)
     jitter = max(1 - min(of(*key, "tokens")) / max(of(*key, "tokens")) for key in equal)
-    memory, of_base, of_best = (max(of(commit, 42, "peak_memory_mb")) for commit in (head, base, best))
+    memory, of_base, of_best = (max(of(one, 42, "peak_memory_mb")) for one in (head, base, best))
     free = max(2 * of_base, 1.05 * of_best)  # what was kept pays for its memory once
     both = [seed for seed in (42, 43) if of(head, seed) and of(best, seed)]
     change = [np.mean(of(head, seed)) - np.mean(of(best, seed)) for seed in both]

@@ -113,7 +113,7 @@ NEXT_BUT_ONE = {"cuda": 0.5, "mps": 0.5, "cpu": 0.0}
 
 
 def knob(name, kind, least=None):
-    """The value of a hyperparameter on a device type; with `least`, a whole number not below that."""
+    """A hyperparameter's value on a device type; with `least`, a whole number not below that."""
     value = globals()[name]
     if isinstance(value, dict):
         demand(kind in value, name, value, f"a value for {kind!r} too")
@@ -551,8 +551,8 @@ class MuonAdamW(torch.optim.Optimizer):
         # CPU may merge equal rows, and each new shape would be compiled
         on_cuda = all(p.is_cuda for group in self.param_groups for p in group["params"])
         self.rows_step = compile_step(rows_step) if compiled and on_cuda else rows_step
-        if unknown := {group.get("kind") for group in self.param_groups} - {"muon", "rows", "adamw"}:
-            raise prepare.Failure(f"optimizer groups of kind {unknown}; MuonAdamW steps muon, rows and adamw")
+        if unknown := {g.get("kind") for g in self.param_groups} - {"muon", "rows", "adamw"}:
+            raise prepare.Failure(f"groups of kind {unknown}; there are muon, rows and adamw")
         self.adamw = torch.optim.AdamW([torch.zeros(1)], fused=True)  # step gives it its groups
 
     @torch.no_grad()
@@ -619,8 +619,8 @@ def parameter_groups(model):
     ]
     if model.ngrams is not None:
         tables = [t.weight for t in (model.ngrams, model.bigram_value_embeds) if t.sparse]
-        groups.append({"kind": "rows", "params": tables, "lr": BIGRAM_LR * scale,
-                       "beta2": BIGRAM_BETA2, "eps": ADAM_EPS, "weight_decay": WEIGHT_DECAY["ngrams"]})
+        groups.append({"kind": "rows", "params": tables, "lr": BIGRAM_LR * scale, "eps": ADAM_EPS,
+                       "beta2": BIGRAM_BETA2, "weight_decay": WEIGHT_DECAY["ngrams"]})
     # The blocks, with whatever an edit puts there: tables, what is no matrix, matrices
     embeddings = {m.weight for m in model.h.modules() if isinstance(m, nn.Embedding)}
     groups.append(adamw(embeddings, embedding_lr, WEIGHT_DECAY["value_embeds"]))
@@ -702,11 +702,11 @@ def sizes(kind, seq_len, vocab_size):
     demand(GATE_CHANNELS in range(1, n_embd + 1), "GATE_CHANNELS", GATE_CHANNELS, f"1 to {n_embd}")
     demand(isinstance(SOFTCAP, (int, float)) and 0 < SOFTCAP <= 79, "SOFTCAP", SOFTCAP,
            "above 0 and at most 79, where a sum of 8192 exp still fits into float32")
-    for name in {"HALF_BATCH_RATIO", "NEXT_BUT_ONE", "X0_INIT", "X0_LR", "EMBEDDING_LR", "BIGRAM_LR",
-                 "MATRIX_LR", "UNEMBEDDING_LR", "RESID_LR", "WARMDOWN_RATIO"} & set(globals()):
+    for name in {"HALF_BATCH_RATIO", "NEXT_BUT_ONE", "X0_INIT", "X0_LR", "EMBEDDING_LR", "RESID_LR",
+                 "BIGRAM_LR", "MATRIX_LR", "UNEMBEDDING_LR", "WARMDOWN_RATIO"} & set(globals()):
         value = knob(name, kind)
         demand(isinstance(value, (int, float)), name, value, "a number")
-    demand(isinstance(WEIGHT_DECAY, dict), "WEIGHT_DECAY", WEIGHT_DECAY, "one for each kind of weights")
+    demand(isinstance(WEIGHT_DECAY, dict), "WEIGHT_DECAY", WEIGHT_DECAY, "one for each table")
     for name, pair in ("MUON_MOMENTUM", MUON_MOMENTUM), ("ADAM_BETAS", ADAM_BETAS):
         demand(isinstance(pair, (tuple, list)) and len(pair) == 2, name, pair, "a pair of numbers")
     demand(total % seq_len == 0, "TOTAL_BATCH_SIZE", total, f"a multiple of MAX_SEQ_LEN ({seq_len})")
@@ -743,7 +743,7 @@ def build(config, device, dtype, compiled, seed):
                               "the other itself, not its .data")
     # A view's storage holds more than it shows, and AdamW on a CPU would step that too
     if strided := [name for name, p in model.named_parameters() if not p.is_contiguous()]:
-        raise prepare.Failure(f"{', '.join(strided)}: a view of part of a tensor; add .contiguous() where it is made")
+        raise prepare.Failure(f"{', '.join(strided)}: a strided view; add .contiguous() to it")
     return model, MuonAdamW(parameter_groups(model), compiled, dtype)
 
 
@@ -929,8 +929,8 @@ def main():
 
     # Exam and summary
     if batches[-1][2] > 1 and contract.train_files > 1:
-        print("note: the training text began again. What the hashed tables read twice they remember: "
-              "prepare more shards (--num-shards), or lower BIGRAM_ROWS")
+        print("note: the training text began again. What the hashed tables read twice they "
+              "remember: prepare more shards (--num-shards), or lower BIGRAM_ROWS")
     print(f"exam: {contract.eval_tokens:,} targets, and the probes")
     with autocast:
         bpb = prepare.evaluate_bpb(model, tokenizer, device_batch_size)
