@@ -664,9 +664,9 @@ def prepare(contract: Contract, shards: int | None = None, workers: int = 8) -> 
                 print(f"{path} is not what it was when it was made; making it again")
                 path.unlink()
         digest = _digest(dataclasses.asdict(dataclasses.replace(contract, time_budget=0)))
-        # A new tokenizer voids all tokens; exams without token_ids are an older commit's
         edited = before.get("contract", digest) != digest
         anew = edited or not (folder / "tokenizer.tiktoken").exists()
+        # A new tokenizer voids all tokens; exams without token_ids are an older commit's
         if anew or not (folder / "token_ids").exists():
             for path in [*folder.glob("*.bin"), *folder.glob("token_ids/*.bin")]:
                 path.unlink()
@@ -893,7 +893,7 @@ def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor
     moved, weights = [], []
     for turn, start in enumerate(range(0, cuts, B)):
         number = turns[turn % len(batches)]
-        cut = order[(start + torch.arange(B)) % (T - 1)][:, None]  # (B, 1)
+        cut = order[(start + torch.arange(B)) % (T - 1)][:, None]  # (B, 1): tokens after it change
         until, at = (mask.to(batches[0].device) for mask in (positions <= cut, positions == cut))
         moved.append(moves(number, ~until).where(until, 0))
         weights.append(token_bytes[batches[number][:, 1:]].where(at, 0))
