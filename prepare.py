@@ -868,7 +868,7 @@ def _probes(model: Callable, batches: list, nll: list, token_bytes: torch.Tensor
     (B, T), V = nll[0].shape, len(token_bytes)
     bits = (B - 1).bit_length()  # of the numbers of a batch's places: any two differ in one of them
     cuts = T - 1  # positions after which tokens change, each in a row of its own
-    share = 1  # of the limits
+    share = 1  # of CHANCE_NATS and LEAK_NATS; LEAK_BPB stays
     if warm_up:
         bits, cuts = min(1, bits), 2 * B
         share = min(1, max(0.01, torch.cat(nll).std().item()))  # 0.01: float32 rounds, too

@@ -109,7 +109,7 @@ WARMDOWN_RATIO = 0.9  # share of TIME_BUDGET
 FINAL_LR_FRAC = 0.0  # of each learning rate
 # Weight of the token after the next in the loss; falls to 0 at half of the budget. In the demo
 # (commit 1732042) 0.5 gained 0.006, but five seeds then differed by 0.021 instead of 0.009
-NEXT_BUT_ONE = {"cuda": 0.5, "mps": 0.5, "cpu": 0.0}
+MTP_WEIGHT = {"cuda": 0.5, "mps": 0.5, "cpu": 0.0}
 
 
 def knob(name, kind, least=None):
@@ -376,7 +376,7 @@ class GPT(nn.Module):
         self.x0_lambdas = nn.Parameter(torch.full((n_layer,), float(X0_INIT)))
         self.h = nn.ModuleList([Block(config, i) for i in range(n_layer)])
         self.lm_head = nn.Linear(n_embd, config.vocab_size, bias=False)
-        self.register_buffer("next_but_one", torch.zeros(()), persistent=False)  # see head
+        self.register_buffer("mtp_weight", torch.zeros(()), persistent=False)  # see head
 
     @torch.no_grad()
     def init_weights(self):
@@ -401,7 +401,7 @@ class GPT(nn.Module):
     def head(self, x, targets):
         """x (B, T, C) -> logits (B, T, V) float32, or with targets (B, T) the mean loss.
 
-        The loss is the cross-entropy with the next token and, times next_but_one, with the one
+        The loss is the cross-entropy with the next token and, times mtp_weight, with the one
         after it, which teaches more early in a run (multi-token prediction, arXiv 2404.19737).
         tanh by a sigmoid, exp by exp2 and no maximum taken off (capped logits cannot overflow)
         halve the loss's instructions: 2.8 ms instead of 4.9 on an H200 at 2^17 tokens.
@@ -414,7 +414,7 @@ class GPT(nn.Module):
         vocabulary = torch.arange(logits.size(-1), device=logits.device)
         after = F.pad(targets[:, 1:], (0, 1), value=-1)  # a row's last position has none
         wanted = (torch.where(targets[..., None] == vocabulary, 1.0, 0.0)
-                  + torch.where(after[..., None] == vocabulary, self.next_but_one, 0.0))
+                  + torch.where(after[..., None] == vocabulary, self.mtp_weight, 0.0))
         weights = wanted.sum(-1)
         return (exp_sum.log() * weights - (wanted * logits).sum(-1)).sum() / weights.sum()
 
@@ -547,8 +547,8 @@ class MuonAdamW(torch.optim.Optimizer):
         self.dtype = dtype
         compile_step = functools.partial(torch.compile, dynamic=False, fullgraph=True)
         self.muon_step = compile_step(muon_step) if compiled else muon_step
-        # CUDA concatenates sparse gradients that it accumulates, so that their shape is fixed; a
-        # CPU may merge equal rows, and each new shape would be compiled
+        # On CUDA a sparse gradient has as many rows as the batches read; a CPU may merge equal
+        # ones, and the step would be compiled again for every new count
         on_cuda = all(p.is_cuda for group in self.param_groups for p in group["params"])
         self.rows_step = compile_step(rows_step) if compiled and on_cuda else rows_step
         if unknown := {g.get("kind") for g in self.param_groups} - {"muon", "rows", "adamw"}:
@@ -702,7 +702,7 @@ def sizes(kind, seq_len, vocab_size):
     demand(GATE_CHANNELS in range(1, n_embd + 1), "GATE_CHANNELS", GATE_CHANNELS, f"1 to {n_embd}")
     demand(isinstance(SOFTCAP, (int, float)) and 0 < SOFTCAP <= 79, "SOFTCAP", SOFTCAP,
            "above 0 and at most 79, where a sum of 8192 exp still fits into float32")
-    for name in {"HALF_BATCH_RATIO", "NEXT_BUT_ONE", "X0_INIT", "X0_LR", "EMBEDDING_LR", "RESID_LR",
+    for name in {"HALF_BATCH_RATIO", "MTP_WEIGHT", "X0_INIT", "X0_LR", "EMBEDDING_LR", "RESID_LR",
                  "BIGRAM_LR", "MATRIX_LR", "UNEMBEDDING_LR", "WARMDOWN_RATIO"} & set(globals()):
         value = knob(name, kind)
         demand(isinstance(value, (int, float)), name, value, "a number")
@@ -710,6 +710,7 @@ def sizes(kind, seq_len, vocab_size):
     for name, pair in ("MUON_MOMENTUM", MUON_MOMENTUM), ("ADAM_BETAS", ADAM_BETAS):
         demand(isinstance(pair, (tuple, list)) and len(pair) == 2, name, pair, "a pair of numbers")
     demand(total % seq_len == 0, "TOTAL_BATCH_SIZE", total, f"a multiple of MAX_SEQ_LEN ({seq_len})")
+    # Half of a step has to be whole batches, too
     in_two = knob("HALF_BATCH_RATIO", kind) and total // seq_len % 2 == 0
     rows = min(rows, total // seq_len // (2 if in_two else 1))
     demand(total % (rows * seq_len) == 0, "TOTAL_BATCH_SIZE", total, "a multiple of "
@@ -739,8 +740,8 @@ def build(config, device, dtype, compiled, seed):
                               "fill it where it is made")
     places = [p.data_ptr() for p in model.parameters()]
     if shared := [name for name, p in model.named_parameters() if places.count(p.data_ptr()) > 1]:
-        raise prepare.Failure(f"{', '.join(shared)}: in one place; to tie them, assign the one to "
-                              "the other itself, not its .data")
+        raise prepare.Failure(f"{', '.join(shared)}: they share memory; to tie weights, "
+                              "assign the parameter itself, not its .data")
     # A view's storage holds more than it shows, and AdamW on a CPU would step that too
     if strided := [name for name, p in model.named_parameters() if not p.is_contiguous()]:
         raise prepare.Failure(f"{', '.join(strided)}: a strided view; add .contiguous() to it")
@@ -801,7 +802,7 @@ def log_line(step, loss, elapsed, steps, seconds, tokens, epoch, budget, flops, 
     """One line of progress. steps, seconds, tokens: since the last one; flops: per token;
     peak_flops: None where it is not known.
 
-    The loss has NEXT_BUT_ONE's part in it, which goes at half of the budget.
+    The loss has MTP_WEIGHT's part in it, which goes at half of the budget.
     """
     mfu = f"{100 * flops * tokens / (seconds * peak_flops):.1f}%" if peak_flops else "n/a"
     return (f"step {step:05d} ({min(100 * elapsed / budget, 100):.1f}%) | loss: {loss:.6f} | "
@@ -826,10 +827,10 @@ def main():
     device = prepare.default_device()
     kind = device.type
     config, total_batch_size, device_batch_size = sizes(kind, T, contract.vocab_size)
-    half_until, next_but_one = knob("HALF_BATCH_RATIO", kind), knob("NEXT_BUT_ONE", kind)
+    half_until, mtp_weight = knob("HALF_BATCH_RATIO", kind), knob("MTP_WEIGHT", kind)
     quick_start(kind)
     dtype = compute_dtype(device)
-    # No cache: it would serve the weights as they were before a second step in one `with autocast`
+    # No cache: a second step in one `with autocast` would work with the weights before the first
     autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16,
                               cache_enabled=False)
     backend, reason = choose_attention(device, ATTENTION)
@@ -910,7 +911,7 @@ def main():
             count = batches_per_step(grad_accum_steps, elapsed / budget, half_until)
             batches = [next(loader) for _ in range(count)]
             set_schedules(optimizer, step, elapsed / budget)
-            model.next_but_one.fill_(next_but_one * max(0.0, 1 - 2 * elapsed / budget))
+            model.mtp_weight.fill_(mtp_weight * max(0.0, 1 - 2 * elapsed / budget))
             with autocast:
                 read = on_host(train_step(model, optimizer, batches))
             unread.append((read, sum(x.numel() for x, *_ in batches)))

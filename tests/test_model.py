@@ -242,7 +242,7 @@ def test_logits_are_soft_capped_and_the_loss_is_their_cross_entropy(scale, weigh
     """Oracle: torch's cross_entropy of the logits in float64; float32 rounding lies between."""
     model, idx, targets = built(), some_tokens(), some_tokens(seed=1)
     with torch.no_grad():
-        model.next_but_one.fill_(weight)
+        model.mtp_weight.fill_(weight)
         model.lm_head.weight.mul_(scale)
     logits = model(idx)
     assert logits.shape == (3, 24, 50) and logits.dtype == torch.float32

@@ -315,18 +315,18 @@ def test_the_first_steps_take_half_of_the_tokens_and_each_token_counts_once(rows
 def test_the_budget_ends_with_the_step_in_which_it_runs_out(seconds, expected, small, monkeypatch, capsys):
     """Budget 2 s, fake clock: the last step begins in time, and overshoots by less than its duration."""
     monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "2")
-    monkeypatch.setattr(train, "NEXT_BUT_ONE", 0.5)
+    monkeypatch.setattr(train, "MTP_WEIGHT", 0.5)
     forget()
-    progress, real, next_but_one = [], train.set_schedules, []
+    progress, real, mtp_weight = [], train.set_schedules, []
     monkeypatch.setattr(train, "set_schedules", lambda *given: (progress.append(given[2]), real(*given)))
-    watch = lambda model, *_: next_but_one.append(model.next_but_one.item())  # noqa: E731
+    watch = lambda model, *_: mtp_weight.append(model.mtp_weight.item())  # noqa: E731
     seen = watch_steps(monkeypatch, small, seconds=seconds, before=watch)
     train.main()
     summary = summary_of(capsys.readouterr().out)
     assert int(summary["num_steps"]) == len(seen) == expected
     assert float(summary["training_seconds"]) == pytest.approx(expected * seconds, abs=0.051)
     assert progress == pytest.approx([step * seconds / 2 for step in range(expected)])
-    assert next_but_one[train.WARMUP_STEPS :] == pytest.approx([max(0, 0.5 - at) for at in progress])
+    assert mtp_weight[train.WARMUP_STEPS :] == pytest.approx([max(0, 0.5 - at) for at in progress])
 
 
 @pytest.mark.parametrize("loss, shown", [(float("nan"), "nan"), (float("inf"), "inf"), (100.5, "100.5")])
@@ -373,7 +373,7 @@ ONES = torch.ones(3)
 @pytest.mark.parametrize("add, words", [
     (lambda module: setattr(module, "gain", nn.Parameter(torch.empty(3))), "left as torch.empty made it"),
     (lambda module: module.register_buffer("gain", torch.empty(3), persistent=False), "left as torch.empty made it"),
-    (lambda module: setattr(module, "gain", nn.Parameter(ONES)), "in one place; to tie them"),
+    (lambda module: setattr(module, "gain", nn.Parameter(ONES)), "they share memory; to tie weights"),
     (lambda module: setattr(module, "gain", nn.Parameter(torch.eye(8)[:, :4])), "add .contiguous()")])
 def test_what_nobody_filled_views_and_what_shares_memory_are_named(add, words, small, monkeypatch):
     """Memory that was used before holds anything; torch's AdamW of a CPU steps what lies between a view's rows."""
