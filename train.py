@@ -935,7 +935,6 @@ def main():
     print(f"exam: {contract.eval_tokens:,} targets, and the probes")
     with autocast:
         bpb = prepare.evaluate_bpb(model, tokenizer, device_batch_size)
-    loader.close()
     peak_mb, tokens_m = prepare.peak_memory_mb(device), tokens / 1e6
     print(summary({
         f"{split}_bpb": f"{bpb:.6f}",

@@ -105,8 +105,8 @@ def shell(command: str, folder: Path, env: dict[str, str], code: int = 0) -> str
 def keep_a_model(train_py: str) -> str:
     """The text of train.py with the README's lines that keep a model and sample from it."""
     (lines,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    before, after = train_py.split("    loader.close()\n")
-    return f"{before}{lines}    loader.close()\n{after}"
+    before, after = train_py.split("    peak_mb, tokens_m =")
+    return f"{before}{lines}    peak_mb, tokens_m ={after}"
 
 
 def table(text: str, first_cell: str) -> dict[str, list[str]]:
