@@ -380,10 +380,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Fill the weights from torch's random state; those not named here stay as made."""
+        """Fill the matrices from torch's random state; those not named here stay as made."""
         bound = (3 / self.config.n_embd) ** 0.5  # for a standard deviation of n_embd ** -0.5
         for name, p in self.named_parameters():
             *_, part = (s for s in name.removesuffix(".weight").split(".") if not s.isdigit())
+            if p.ndim == 1:  # a norm in an edited c_proj, say
+                continue
             if part == "wte":
                 p.normal_(0, 1)
             elif part == "lm_head":
@@ -734,8 +736,9 @@ def build(config, device, dtype, compiled, seed):
     torch.manual_seed(seed)  # again: what a new part drew above moves no other part's weights
     model.init_weights()
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    # A sum is NaN where one element is; isnan of a whole table would be 3 GB more
-    if empty := [name for name, tensor in tensors if tensor.sum().isnan()]:
+    # A sum is NaN where one element is; isnan of a whole table takes 3 GB. torch adds no fp8
+    if empty := [name for name, tensor in tensors
+                 if (tensor if tensor.dtype.itemsize == 1 else tensor.sum()).isnan().any()]:
         raise prepare.Failure(f"{', '.join(empty)}: NaN, or left as torch.empty made it; "
                               "fill it where it is made")
     places = [p.data_ptr() for p in model.parameters()]
@@ -759,6 +762,15 @@ def train_step(model, optimizer, batches):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return mean_loss
+
+
+def untrained(model, optimizer):
+    """Names of parameters that were never stepped, or by zero gradients only."""
+    state = getattr(optimizer, "state", {})  # an edit's may keep none
+    stepped = {p for p, kept in state.items() if any(
+        value.any() for key, value in kept.items() if key != "step" and torch.is_tensor(value))}
+    return [name for name, p in model.named_parameters()
+            if state and p.requires_grad and p not in stepped]
 
 
 def summary(results):
@@ -834,8 +846,8 @@ def main():
     autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16,
                               cache_enabled=False)
     backend, reason = choose_attention(device, ATTENTION)
-    name = prepare.device_name(device)
-    print(f"device: {name}, {str(dtype).removeprefix('torch.')}\nattention: {backend} ({reason})")
+    device_name = prepare.device_name(device)
+    print(f"device: {device_name}, {str(dtype).removeprefix('torch.')}\nattention: {backend} ({reason})")
     if BUSY:
         print("note: other programs use this machine's cores. Stop them for more steps; threads "
               "now wait without spinning (OMP_WAIT_POLICY=PASSIVE)")
@@ -863,9 +875,13 @@ def main():
             with autocast:
                 prepare.check_model(model, device_batch_size)
             fits = True
-            if idle := [name for name, p in model.named_parameters()
-                        if p.requires_grad and not optimizer.state.get(p)]:
-                print(f"note: no gradient reached {', '.join(idle)} in warm-up")
+            if idle := untrained(model, optimizer):
+                print(f"note: no gradient but 0 reached {', '.join(idle)} in warm-up")
+            if loose := [tuple(t.shape) for t in gc.get_objects()
+                         if type(t) in (torch.Tensor, nn.Parameter) and t.is_leaf
+                         and t.grad is not None and t not in set(model.parameters())]:
+                print(f"note: no parameters of the model, and not trained: {loose}; a list of "
+                      "modules has to be an nn.ModuleList")
         except RuntimeError as error:
             if not prepare.is_out_of_memory(error):
                 raise
@@ -896,7 +912,7 @@ def main():
     # The clock: every step counts
     loader = prepare.make_dataloader(tokenizer, device_batch_size, T, "train", device=device)
     flops = model.flops_per_token()
-    words = f"{name} ".replace("-", " ")
+    words = f"{device_name} ".replace("-", " ")
     peak_flops = next((peak for card, peak in PEAK_FLOPS.items() if f"{card} " in words), None)
     log_seconds = max(LOG_SECONDS, budget / 100)  # a log stays under 20 kB
     lag = 1 if kind == "cuda" else 0  # a GPU runs a step while the host reads the last one's loss
@@ -929,6 +945,8 @@ def main():
             gc.collect()  # an edit may leave cycles, which hold activations
 
     # Exam and summary
+    if lost := set(untrained(model, optimizer)) - set(idle):
+        print(f"note: no step of the optimizer reached {', '.join(sorted(lost))}")
     if batches[-1][2] > 1 and contract.train_files > 1:
         print("note: the training text began again. What the hashed tables read twice they "
               "remember: prepare more shards (--num-shards), or lower BIGRAM_ROWS")
@@ -948,7 +966,7 @@ def main():
         "depth": config.n_layer,
         "seed": seed,
         "contract": prepare.fingerprint(contract),
-        "device": name,
+        "device": device_name,
         "attention": backend,
         "next": "this run's record is the last line of runs.jsonl; how an agent goes on: README.md, The loop",
     }))

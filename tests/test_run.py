@@ -387,15 +387,42 @@ def test_what_nobody_filled_views_and_what_shares_memory_are_named(add, words, s
     assert message.startswith("FAIL: h.0.mlp.gain, h.1.mlp.gain: ") and words in message
 
 
-def test_parameters_that_no_gradient_reaches_are_named_in_warm_up(steps, monkeypatch, capsys):
+def test_weights_that_do_not_train_are_named_whatever_the_reason(small, monkeypatch, capsys):
     class Own(train.MLP):
         def __init__(self, config):
             super().__init__(config)
             self.gain, self.fixed = (nn.Parameter(torch.ones(3), requires_grad=named) for named in (True, False))
+            self.scale = [torch.ones(5, requires_grad=True)]
+            self.register_buffer("fp8", torch.ones(3).to(torch.float8_e4m3fn))
 
-    monkeypatch.setattr(train, "MLP", Own)
-    train.main()
-    assert "\nnote: no gradient reached h.0.mlp.gain, h.1.mlp.gain in warm-up\n" in capsys.readouterr().out
+        def forward(self, x):
+            return super().forward(x) * self.scale[0].mean()
+
+    class LowRank(train.MLP):  # init_weights zeroes both matrices
+        def __init__(self, config):
+            super().__init__(config)
+            C = config.n_embd
+            self.c_proj = nn.Sequential(nn.RMSNorm(4 * C), nn.Linear(4 * C, 8, bias=False), nn.Linear(8, C, bias=False))
+
+    def new_head(model, *_):
+        if next(calls) == train.WARMUP_STEPS:
+            model.lm_head = nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+
+    dead = [f"h.{layer}.mlp.{name}.weight" for layer in (0, 1) for name in ("c_fc", "c_proj.0", "c_proj.1", "c_proj.2")]
+    for mlp, before, notes in [
+            (train.MLP, None, []),
+            (train.MLP, new_head, ["note: no step of the optimizer reached lm_head.weight"]),
+            (LowRank, None, [f"note: no gradient but 0 reached {', '.join(dead)} in warm-up"]),
+            (Own, None, ["note: no gradient but 0 reached h.0.mlp.gain, h.1.mlp.gain in warm-up",
+                         "note: no parameters of the model, and not trained: [(5,), (5,)]; "
+                         "a list of modules has to be an nn.ModuleList"])]:
+        monkeypatch.setattr(train, "MLP", mlp)
+        calls = itertools.count()
+        gc.freeze()  # what other tests left is no weight of this run
+        with monkeypatch.context() as patch:
+            watch_steps(patch, small, before=before)
+            train.main()
+        assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: no ")] == notes
 
 
 def test_a_model_that_sees_the_future_fails_in_warm_up(steps, monkeypatch):
