@@ -765,12 +765,15 @@ def train_step(model, optimizer, batches):
 
 
 def untrained(model, optimizer):
-    """Names of parameters that were never stepped, or by zero gradients only."""
+    """Names of parameters that no gradient but 0 reached, and tensors beside them that one reached."""
     state = getattr(optimizer, "state", {})  # an edit's may keep none
     stepped = {p for p, kept in state.items() if any(
         value.any() for key, value in kept.items() if key != "step" and torch.is_tensor(value))}
-    return [name for name, p in model.named_parameters()
-            if state and p.requires_grad and p not in stepped]
+    loose = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.is_leaf
+             and t.grad is not None and t not in set(model.parameters())]
+    return [*(name for name, p in model.named_parameters()
+              if state and p.requires_grad and p not in stepped),
+            *(f"{tuple(t.shape)}, no parameter of the model (nn.ModuleList?)" for t in loose)]
 
 
 def summary(results):
@@ -876,12 +879,7 @@ def main():
                 prepare.check_model(model, device_batch_size)
             fits = True
             if idle := untrained(model, optimizer):
-                print(f"note: no gradient but 0 reached {', '.join(idle)} in warm-up")
-            if loose := [tuple(t.shape) for t in gc.get_objects()
-                         if type(t) in (torch.Tensor, nn.Parameter) and t.is_leaf
-                         and t.grad is not None and t not in set(model.parameters())]:
-                print(f"note: no parameters of the model, and not trained: {loose}; a list of "
-                      "modules has to be an nn.ModuleList")
+                print(f"note: not trained in warm-up: {', '.join(idle)}")
         except RuntimeError as error:
             if not prepare.is_out_of_memory(error):
                 raise
@@ -946,7 +944,7 @@ def main():
 
     # Exam and summary
     if lost := set(untrained(model, optimizer)) - set(idle):
-        print(f"note: no step of the optimizer reached {', '.join(sorted(lost))}")
+        print(f"note: not trained: {', '.join(sorted(lost))}")
     if batches[-1][2] > 1 and contract.train_files > 1:
         print("note: the training text began again. What the hashed tables read twice they "
               "remember: prepare more shards (--num-shards), or lower BIGRAM_ROWS")
