@@ -1178,6 +1178,7 @@ def verdict() -> str:
         word = "run SEED=43"
     else:
         word = f"run BEST under SEED=43 ({best}; after it, this one)"
+    odd = [commit for commit, status, _ in rows if status not in ("keep", "disc", "cras", "stat")]
     speed = ": SLOWER" if min(tokens) < -apart else ": FASTER" if faster else ""
     notes = [
         (again, f"{head} evaluates more than once; the first score of a run counts"),
@@ -1186,6 +1187,7 @@ def verdict() -> str:
         (peeked, f"{head} drew batches of the split val or test, which a run must not know"),
         (kept[0] != best, f"{kept[0]} is kept last in results.tsv, but has no such run under "
                           "SEED=42 or is not behind HEAD"),
+        (odd, f"the status of {', '.join(odd)} in results.tsv is not keep, discard or crash"),
         (speed, "if the change does not explain that speed, it is a `slow machine`"),
         (jitter > 0.1, "equal runs differ much: stop what else runs here or, on CPU cores, give "
                        "every run OMP_WAIT_POLICY=PASSIVE; then, once, a new baseline")]

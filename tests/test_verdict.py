@@ -186,6 +186,14 @@ def test_a_kept_row_without_a_run_is_named_since_the_last_step_would_restore_it(
     assert "note: 1.2e+06 is kept last in results.tsv, but has no such run under SEED=42" in prepare.verdict()
 
 
+def test_a_row_whose_status_is_none_of_the_three_is_named(night):
+    night.head = "another"
+    night.row("crash")
+    night.row("reverted")
+    assert night.verdict(1.40) == "keep"
+    assert "note: the status of another in results.tsv is not keep, discard or crash\n" in prepare.verdict()
+
+
 def test_a_ledger_in_which_nothing_is_called_baseline_is_said(night):
     Path("results.tsv").write_text(Path("results.tsv").read_text().replace("\tbaseline", "\tunchanged"))
     assert night.verdict(1.40).startswith("baseline: 3 more runs of newnewn")
