@@ -553,12 +553,12 @@ class MuonAdamW(torch.optim.Optimizer):
         # ones, and the step would be compiled again for every new count
         on_cuda = all(p.is_cuda for group in self.param_groups for p in group["params"])
         self.rows_step = compile_step(rows_step) if compiled and on_cuda else rows_step
-        if unknown := {g.get("kind") for g in self.param_groups} - {"muon", "rows", "adamw"}:
-            raise prepare.Failure(f"groups of kind {unknown}; there are muon, rows and adamw")
         self.adamw = torch.optim.AdamW([torch.zeros(1)], fused=True)  # step gives it its groups
 
     @torch.no_grad()
     def step(self):
+        if unknown := {g.get("kind") for g in self.param_groups} - {"muon", "rows", "adamw"}:
+            raise prepare.Failure(f"groups of kind {unknown}; there are muon, rows and adamw")
         # What was changed or added since the last step reaches it, too
         self.adamw.state = self.state
         self.adamw.param_groups = [self.adamw.defaults | group for group in self.param_groups
@@ -581,7 +581,7 @@ class MuonAdamW(torch.optim.Optimizer):
                            **scalars(group | state, "step", "lr", "beta2", "eps"))
             # All rows decay, but not in each step: bfloat16 would round so small a change away
             if state["step"] % ROWS_DECAY_STEPS == 0:
-                p.mul_(1 - ROWS_DECAY_STEPS * group["lr"] * group["weight_decay"])
+                p.mul_(max(0, 1 - ROWS_DECAY_STEPS * group["lr"] * group["weight_decay"]))
 
     def step_muon(self, group, params):
         heads = group.get("heads", 1)
@@ -704,15 +704,21 @@ def sizes(kind, seq_len, vocab_size):
     demand(GATE_CHANNELS in range(1, n_embd + 1), "GATE_CHANNELS", GATE_CHANNELS, f"1 to {n_embd}")
     demand(isinstance(SOFTCAP, (int, float)) and 0 < SOFTCAP <= 79, "SOFTCAP", SOFTCAP,
            "above 0 and at most 79, where a sum of 8192 exp still fits into float32")
-    for name in {"HALF_BATCH_RATIO", "MTP_WEIGHT", "X0_INIT", "X0_LR", "EMBEDDING_LR", "RESID_LR",
-                 "BIGRAM_LR", "MATRIX_LR", "UNEMBEDDING_LR", "WARMDOWN_RATIO"} & set(globals()):
-        value = knob(name, kind)
+    by_kind = {"HALF_BATCH_RATIO", "MTP_WEIGHT", "X0_LR", "EMBEDDING_LR"}
+    for name in (by_kind | {"X0_INIT", "RESID_LR", "BIGRAM_LR", "MATRIX_LR", "UNEMBEDDING_LR",
+                            "Q_SCALE", "ROPE_BASE", "MUON_RAMP", "MUON_BETA2", "MUON_WEIGHT_DECAY",
+                            "BIGRAM_BETA2", "ADAM_EPS", "WARMDOWN_RATIO", "FINAL_LR_FRAC"}
+                 ) & set(globals()):
+        value = knob(name, kind) if name in by_kind else globals()[name]
         demand(isinstance(value, (int, float)), name, value, "a number")
-    demand(isinstance(WEIGHT_DECAY, dict), "WEIGHT_DECAY", WEIGHT_DECAY, "one for each table")
+    decays = WEIGHT_DECAY.values() if isinstance(WEIGHT_DECAY, dict) else [None]
+    demand(all(isinstance(value, (int, float)) for value in decays), "WEIGHT_DECAY", WEIGHT_DECAY,
+           "a number for each name")
     for name, pair in ("MUON_MOMENTUM", MUON_MOMENTUM), ("ADAM_BETAS", ADAM_BETAS):
-        demand(isinstance(pair, (tuple, list)) and len(pair) == 2, name, pair, "a pair of numbers")
+        demand(isinstance(pair, (tuple, list)) and [isinstance(one, (int, float)) for one in pair]
+               == [True, True], name, pair, "a pair of numbers")
     demand(total % seq_len == 0, "TOTAL_BATCH_SIZE", total, f"a multiple of MAX_SEQ_LEN ({seq_len})")
-    # Half of a step has to be whole batches, too
+    # Half of a step has to be whole batches, too, where its rows are even
     in_two = knob("HALF_BATCH_RATIO", kind) and total // seq_len % 2 == 0
     rows = min(rows, total // seq_len // (2 if in_two else 1))
     demand(total % (rows * seq_len) == 0, "TOTAL_BATCH_SIZE", total, "a multiple of "
@@ -764,16 +770,14 @@ def train_step(model, optimizer, batches):
     return mean_loss
 
 
-def untrained(model, optimizer):
-    """Names of parameters that no gradient but 0 reached, and tensors beside them that one reached."""
-    state = getattr(optimizer, "state", {})  # an edit's may keep none
-    stepped = {p for p, kept in state.items() if any(
-        value.any() for key, value in kept.items() if key != "step" and torch.is_tensor(value))}
-    loose = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.is_leaf
-             and t.grad is not None and t not in set(model.parameters())]
-    return [*(name for name, p in model.named_parameters()
-              if state and p.requires_grad and p not in stepped),
-            *(f"{tuple(t.shape)}, no parameter of the model (nn.ModuleList?)" for t in loose)]
+def watch_weights(model):
+    """Return a function that names the parameters that are to train and still are as now."""
+    def sums():  # in float32: what changes moves them, and no table is copied
+        return {name: p.detach().sum(dtype=torch.float32).item()
+                for name, p in model.named_parameters() if p.requires_grad}
+
+    before = sums()
+    return lambda: [name for name, now in sums().items() if now == before.get(name)]
 
 
 def summary(results):
@@ -869,6 +873,7 @@ def main():
         grad_accum_steps = total_batch_size // (device_batch_size * T)
         try:
             model, optimizer = new_model()
+            unchanged = watch_weights(model)
             for i in range(WARMUP_STEPS):
                 idx = torch.randint(config.vocab_size, (device_batch_size, T + 1), device=device)
                 batch = (idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
@@ -878,8 +883,13 @@ def main():
             with autocast:
                 prepare.check_model(model, device_batch_size)
             fits = True
-            if idle := untrained(model, optimizer):
+            if idle := unchanged():
                 print(f"note: not trained in warm-up: {', '.join(idle)}")
+            if loose := [tuple(t.shape) for t in gc.get_objects()
+                         if type(t) in (torch.Tensor, nn.Parameter) and t.is_leaf
+                         and t.grad is not None and t not in set(model.parameters())]:
+                print(f"note: gradients of tensors that are no parameters of the model: {loose}; "
+                      "modules in a list? Use nn.ModuleList")
         except RuntimeError as error:
             if not prepare.is_out_of_memory(error):
                 raise
@@ -887,7 +897,7 @@ def main():
                 raise prepare.Failure("out of memory with one row at once: lower BIGRAM_ROWS or "
                                       f"DEPTH ({' '.join(str(error).split())[:200]})") from error
         # Outside the except block, whose exception keeps the failed step's tensors alive
-        model = optimizer = None
+        model = optimizer = unchanged = None
         gc.collect()
         if not fits:
             torch.cuda.empty_cache()
@@ -917,6 +927,7 @@ def main():
     unread = []  # steps that were begun: (a function that reads the loss, tokens)
     step = done = logged = tokens = logged_tokens = 0  # done, tokens: steps whose loss was read
     elapsed = logged_at = 0.0
+    unchanged = watch_weights(model)
     print(f"training for {budget:g} s")
     getattr(torch, kind).synchronize()  # torch.cuda's, torch.mps's or torch.cpu's, a no-op
     start = time.monotonic()
@@ -943,8 +954,8 @@ def main():
             gc.collect()  # an edit may leave cycles, which hold activations
 
     # Exam and summary
-    if lost := set(untrained(model, optimizer)) - set(idle):
-        print(f"note: not trained: {', '.join(sorted(lost))}")
+    if idle := unchanged():
+        print(f"note: not trained: {', '.join(idle)}")
     if batches[-1][2] > 1 and contract.train_files > 1:
         print("note: the training text began again. What the hashed tables read twice they "
               "remember: prepare more shards (--num-shards), or lower BIGRAM_ROWS")

@@ -347,7 +347,10 @@ def test_a_diverged_run_ends_at_once_with_the_loss_and_the_step(loss, shown, ste
     ("SOFTCAP", None, "at most 79"), ("SOFTCAP", 100, "at most 79"),
     ("EMBEDDING_LR", {"cuda": 0.9}, "a value for 'cpu' too"),
     ("HALF_BATCH_RATIO", None, "a number"), ("EMBEDDING_LR", {"cpu": "0.3"}, "a number"),
-    ("WEIGHT_DECAY", 0.1, "one for each"), ("ADAM_BETAS", 0.9, "a pair"), ("MUON_MOMENTUM", (0.9,), "a pair"),
+    ("WEIGHT_DECAY", 0.1, "for each name"), ("WEIGHT_DECAY", {"wte": None}, "for each name"),
+    ("ADAM_BETAS", 0.9, "a pair"), ("ADAM_BETAS", (None, 0.9), "a pair"), ("MUON_MOMENTUM", (0.9,), "a pair"),
+    ("MATRIX_LR", {"cuda": 0.1}, "a number"),
+    ("MUON_RAMP", None, "a number"),
     ("DEVICE_BATCH_SIZE", 0, "at least 1"), ("TOTAL_BATCH_SIZE", 0, "at least 1"),
     ("TOTAL_BATCH_SIZE", 1000, "a multiple of MAX_SEQ_LEN (32)"),
     ("TOTAL_BATCH_SIZE", 288, "DEVICE_BATCH_SIZE (8) x MAX_SEQ_LEN (32) = 256"),
@@ -404,24 +407,27 @@ def test_weights_that_do_not_train_are_named_whatever_the_reason(small, monkeypa
             C = config.n_embd
             self.c_proj = nn.Sequential(nn.RMSNorm(4 * C), nn.Linear(4 * C, 8, bias=False), nn.Linear(8, C, bias=False))
 
-    def new_head(model, *_):
-        if next(calls) == train.WARMUP_STEPS:
-            model.lm_head = nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+    def late_head(*given, build=train.build):
+        model, optimizer = build(*given)
+        model.lm_head = nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+        return model, optimizer
 
-    dead = [f"h.{layer}.mlp.{name}.weight" for layer in (0, 1) for name in ("c_fc", "c_proj.0", "c_proj.1", "c_proj.2")]
-    for mlp, before, notes in [
-            (train.MLP, None, []),
-            (train.MLP, new_head, ["note: not trained: lm_head.weight"]),
-            (LowRank, None, [f"note: not trained in warm-up: {', '.join(dead)}"]),
-            (Own, None, ["note: not trained in warm-up: h.0.mlp.gain, h.1.mlp.gain"
-                         + ", (5,), no parameter of the model (nn.ModuleList?)" * 2])]:
-        monkeypatch.setattr(train, "MLP", mlp)
-        calls = itertools.count()
+    low_rank = [f"h.{layer}.mlp.{name}.weight" for layer in (0, 1)
+                for name in ("c_fc", "c_proj.0", "c_proj.1", "c_proj.2")]
+    loose = ("note: gradients of tensors that are no parameters of the model: [(5,), (5,)]; modules in a list? "
+             "Use nn.ModuleList")
+    for changes, lost, more in [
+            ({}, [], []), ({"build": late_head}, ["lm_head.weight"], []), ({"MLP": LowRank}, low_rank, []),
+            ({"MLP": Own}, ["h.0.mlp.gain", "h.1.mlp.gain"], [loose])]:
         gc.freeze()  # what other tests left is no weight of this run
         with monkeypatch.context() as patch:
-            watch_steps(patch, small, before=before)
+            for name, value in changes.items():
+                patch.setattr(train, name, value)
+            watch_steps(patch, small)
             train.main()
-        assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: not ")] == notes
+        said = [f"note: not trained{when}: {', '.join(lost)}" for when in (" in warm-up", "") if lost]
+        notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("note: not", "note: grad"))]
+        assert notes == said[:1] + more + said[1:]
 
 
 def test_a_model_that_sees_the_future_fails_in_warm_up(steps, monkeypatch):
