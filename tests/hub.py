@@ -4,6 +4,7 @@ import collections
 import contextlib
 import hashlib
 import http.server
+import re
 import threading
 
 
@@ -41,7 +42,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub, self.name = self.server, self.path.rsplit("/", 1)[-1]
         hub.seen.append((self.command, self.name, dict(self.headers)))
-        body, acts = hub.files.get(self.name), hub.acts[self.name]
+        right = re.fullmatch(r"/datasets/karpathy/[\w-]+/resolve/main/[\w.]+", self.requestline.split()[1])
+        body, acts = hub.files.get(self.name) if right else None, hub.acts[self.name]
         act = hub.head
         if self.command == "GET":
             act = acts.pop(0) if acts else hub.always.get(self.name)
@@ -106,6 +108,16 @@ def flipped(body: bytes) -> bytes:
 def flip(handler: Handler, body: bytes) -> None:
     """Change a byte; length and hash are declared as those of the true file."""
     handler.send(flipped(body))
+
+
+def lie(handler: Handler, body: bytes) -> None:
+    """As flip, with the hash of what is sent."""
+    handler.send(other := flipped(body), hashes=False, X_Linked_ETag=hashlib.sha256(other).hexdigest())
+
+
+def sha1(handler: Handler, body: bytes) -> None:
+    """Declare a hash of another kind, as git does for small files."""
+    handler.send(body, hashes=False, X_Linked_ETag="0" * 40)
 
 
 def stall(handler: Handler, body: bytes) -> None:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import TINY, forget, run, some_texts, write_shards
+from conftest import TINY, forget, run, some_texts, state_of, write_shards
 
 import prepare
 
@@ -49,8 +49,10 @@ def test_the_environment_goes_before_what_is_remembered_and_that_before_the_devi
     assert (prepare.MAX_SEQ_LEN, prepare.TIME_BUDGET, prepare.EVAL_TOKENS) == (2048, 300, 40 * 524_288)
     monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "300.0")  # the default, so the fingerprint's too
     assert repr(active()) == repr(plain)
-    (prepare.cache_dir() / "active").write_bytes(b"\xff\xfe")
     monkeypatch.delenv("AUTORESEARCH_CONTRACT")
+    (prepare.cache_dir() / "active").write_text("\ufefftiny\n")  # by a hand
+    assert active().name == "tiny"
+    (prepare.cache_dir() / "active").write_bytes(b"\xff\xfe")
     assert active().name == by_device.name
 
 
@@ -63,13 +65,19 @@ def test_the_fingerprint_changes_with_budget_tokenizer_and_exam(tiny, monkeypatc
         write_shards(TINY.folder, lambda number: some_texts(number + 10 * (number == shard)))  # noqa: B023
         prepare.prepare(TINY, 3)
         seen.add(prepare.fingerprint(TINY))
+    before, sums = state_of(TINY.folder), TINY.folder / "SHA256SUMS"
+    digest, noted = before["tokenizer.tiktoken"], sums.read_text()
+    sums.write_text(noted.replace(digest, "0" * 64))
+    assert prepare.fingerprint(TINY) not in seen
+    sums.write_text(noted)
     monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "7")
-    assert len(seen | {prepare.fingerprint(active())}) == 4
+    prepare.prepare(active(), 3)  # makes nothing anew
+    assert state_of(TINY.folder) == before and len(seen | {prepare.fingerprint(active())}) == 4
 
 
 @pytest.mark.parametrize("name, value", [
     ("AUTORESEARCH_CONTRACT", "nonsense"), ("AUTORESEARCH_TIME_BUDGET", "-3"), ("AUTORESEARCH_TIME_BUDGET", "soon"),
-    ("AUTORESEARCH_TIME_BUDGET", "9" * 400)])
+    ("AUTORESEARCH_TIME_BUDGET", "0.0"), ("AUTORESEARCH_TIME_BUDGET", "9" * 400)])
 def test_a_bad_variable_is_named_in_one_line_with_its_value(name, value, command, monkeypatch):
     monkeypatch.setenv(name, value)
     output = command(code=1)

@@ -125,7 +125,7 @@ SILENT = dict(ranges=False, hashes=False, head=status(405))  # no server has to 
 @pytest.mark.parametrize("fault, server", [
     ([status(500), status(520)], {}), ([status(429, Retry_After="1")], {}), ([acts.cut] * 4, {}),
     ([status(408), status(503, Retry_After="86400")], {}),
-    ([acts.cut] * 2, SILENT), ([acts.stall], {}), ([acts.mute], {}), ([acts.web_page], {}),
+    ([acts.cut] * 2, SILENT), ([acts.stall], {}), ([acts.sha1] * 9, {}), ([acts.mute], {}), ([acts.web_page], {}),
     ([acts.cut, acts.flip, status(502)], {"ranges": False}),
     ([acts.cut, acts.wrong_range], {"hashes": False}), ([acts.cut, status(416)], {}),
 ], ids=lambda value: " ".join(getattr(act, "__name__", act) for act in value))
@@ -138,7 +138,7 @@ def test_a_passing_fault_is_survived_within_one_run(fault, server, hub, ends_wel
 
 
 @pytest.mark.parametrize("faults", [
-    {0: (status(404), "404"), 1: (status(401), "401"), 3: (status(500), "500"), 4: (acts.flip, "SHA-256")},
+    {0: (status(404), "404"), 1: (status(401), "401.*HF_TOKEN"), 3: (status(500), "500"), 4: (acts.flip, "SHA-256")},
     {0: (acts.cut, "br[oe]|Incom"), 1: (acts.stall, "br[oe]|time"), 2: (acts.mute, "timed out"),
      4: (acts.web_page, "html|parquet")},
 ], ids=["refused", "broken"])
@@ -164,6 +164,7 @@ def test_a_lasting_fault_names_every_file_and_why_and_the_next_run_gets_only_wha
     ("HF_ENDPOINT", "http://me:hush@127.0.0.1:9", "(?s)127.0.0.1.*refused.*prepare.py --contract demo"),
     ("http_proxy", "http://me:hush@127.0.0.1:9", r"cannot reach hub.example \(the proxy: .*refused"),
     ("http_proxy", "http://me:h/hush@127.0.0.1:9", "http_proxy is no address"),
+    ("HF_TOKEN", "hush hush", "FAIL: HF_TOKEN holds characters"),
     ("http_proxy", "http://me:h#hush@127.0.0.1:9", "http_proxy is no address"),
     ("REQUESTS_CA_BUNDLE", "/nonexistent", "\nFAIL: cannot ask hub.example .*TLS CA"),
     ("redirect", "http://127.0.0.1:9/x?sig=hush", f"{SHARDS[0]}: .*127.0.0.1:9: .*refused"),
@@ -186,8 +187,11 @@ def test_an_address_that_leads_nowhere_ends_in_words_without_its_secret(
     lambda left, body: left, lambda left, body: b"junk" * 700, lambda left, body: body + b"more",
 ], ids=["half", "junk", "too much"])
 def test_what_a_run_left_half_done_is_gone_on_with_or_thrown_away(after, hub, command, cache, ends_well, shards):
-    hub.always[SHARDS[0]] = acts.cut
-    command(code=1)
+    hub.always[SHARDS[0]], naps, sleep = acts.cut, set(), time.sleep
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", lambda seconds: (naps.add(seconds), sleep(seconds)))
+        command(code=1)
+    assert naps >= {prepare.PATIENCE / 60 * 2**attempt for attempt in range(1, prepare.ATTEMPTS)}
     left, = (cache / "parquet").glob(f"{SHARDS[0]}*")
     left.write_bytes(after(left.read_bytes(), shards[SHARDS[0]]))
     hub.always.clear()
@@ -206,14 +210,19 @@ def test_the_mirror_gets_the_token_and_nothing_else_and_the_host_it_redirects_to
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setenv("HF_ENDPOINT", hub.url + "/")
     with Hub(shards, hashes=False) as hub.cdn:
-        hub.cdn.acts |= {SHARDS[0]: [acts.cut], SHARDS[4]: [acts.flip]}
+        hub.cdn.acts |= {SHARDS[0]: [acts.cut], SHARDS[4]: [acts.lie]}
         assert "hf_secret" not in ends_well()
+    assert {headers.get("Accept-Encoding") for _, _, headers in hub.seen} == {"identity"}
     assert hub.tokens() == {f"Bearer {token.strip()}" if token else None}
     assert hub.cdn.tokens() == {None} and "Range" in hub.cdn.gets(SHARDS[0])[1]
 
 
-def test_a_complete_cache_is_left_alone_and_what_is_gone_or_spoilt_is_made_again(hub, command, cache, good, ends_well):
+def test_a_complete_cache_is_left_alone_and_what_is_gone_or_spoilt_is_made_again(
+        hub, command, cache, good, ends_well, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
     command()
+    assert len(synced) == len(good) - len(SHARDS) and all(synced)  # before they get their names
     before = {name: (cache / name).stat().st_mtime_ns for name in good}
     hub.seen.clear()
     ends_well()
@@ -221,7 +230,11 @@ def test_a_complete_cache_is_left_alone_and_what_is_gone_or_spoilt_is_made_again
     for name in good:
         (cache / name).unlink()
         ends_well()
-    (cache / "shards").write_text("no number")  # the default, here all that exist
+    sums, made = (cache / "SHA256SUMS").read_text(), (cache / "tokenizer.tiktoken").stat().st_mtime_ns
+    (cache / "SHA256SUMS").write_text(sums.replace(sums.splitlines()[-1] + "\n", ""))  # an older commit's
+    ends_well()
+    assert (cache / "tokenizer.tiktoken").stat().st_mtime_ns == made
+    (cache / "shards").write_text("0")  # the default, here all that exist
     with open(cache / "SHA256SUMS", "a") as sums:
         sums.write(f"{'0' * 64}  parquet/{SHARDS[0]}\n")
     command()
@@ -301,9 +314,10 @@ def test_shards_put_there_by_hand_are_read_without_a_network_whatever_strings_th
 @pytest.mark.parametrize("damage", [
     lambda body: body[:-100],
     lambda body: body.replace(b"text", b"tale"),
+    lambda body: parquet([1, 2]),
     lambda body: body[:4] + b"\xff" * 40 + body[44:],  # the footer is fine: only reading finds it
     lambda body: body.replace(b" the ", b" \xff\xfee "),
-], ids=["truncated", "no column `text`", "a broken page", "no UTF-8"])
+], ids=["truncated", "no column `text`", "numbers", "a broken page", "no UTF-8"])
 def test_a_bad_shard_put_there_by_hand_is_named_and_never_overwritten(damage, hub, command, cache, ends_well, shards):
     path, body = cache / "parquet" / SHARDS[1], damage(shards[SHARDS[1]])
     put(cache, {SHARDS[1]: body})
@@ -471,6 +485,8 @@ def test_the_number_of_shards_is_remembered_and_changes_the_fingerprint_only_if_
         names = {path.name for path in (LIMITED.folder / "parquet").iterdir()}
         assert names == {*SHARDS[:there], *SHARDS[3:]}
     assert notes[:4] == [False, False, False, True]
+    monkeypatch.setitem(prepare.CONTRACTS, "climbmix", SMALL)  # of whose text there is no more
+    assert "fingerprint" not in command("--num-shards", "3")
     assert prints[0] == prints[1] == prints[2] != prints[3] == prints[4] == prints[5]
 
 
@@ -515,7 +531,9 @@ def test_tinystories_rows_are_split_by_their_number(hub, command, cache, monkeyp
 def test_a_split_too_short_for_the_exam_repeats_and_says_so_and_one_without_a_row_fails(
         hub, command, cache, tmp_path, monkeypatch):
     hub.files[SHARDS[4]] = parquet(some_texts(4)[:20])
+    hub.files[SHARDS[1]] = parquet(pa.array([], pa.string()))
     assert "repeat" in command() and exam_rows("val").shape == (64, 33)
+    next(prepare.make_dataloader(prepare.Tokenizer.from_directory(), 900, 32, "train", device="cpu"))
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "other"))
     for texts in ["short"], [""] * 5000:  # of which the second has rows, of document starts alone
         put(prepare.active_contract()[0].folder, {SHARDS[3]: parquet(texts)})
@@ -535,6 +553,7 @@ def test_the_demo_corpus_is_long_docstrings_once_each_split_by_module_and_writte
     assert 0.07 < val / train < 0.25 and 0.07 < test / train < 0.25
     known = (torch.nn.Linear, torch.utils.data.DataLoader, np.linalg.qr, np.ma)
     assert {inspect.getdoc(one).strip() for one in known} <= {text.strip() for text in everything}
+    assert all(list(map(len, split)) != sorted(map(len, split)) for split in texts)
     rows = exam_rows("val")  # no row comes twice
     assert rows.shape == (2**17 // 256, 257) and len(rows.unique(dim=0)) == len(rows)
     shutil.copytree(demo, tmp_path / "copy")

@@ -114,7 +114,8 @@ def test_the_readme_installs_a_build_that_stays(backend, driver, build, mirror, 
     ("nvidia-smi", "13.0", None, "0", "An NVIDIA GPU .* CUDA 13.0: .*driver is too old.* or a _VISIBLE_DEVICES"),
     ("/proc/driver/nvidia", None, None, "0", "An NVIDIA .* without CUDA;"),
     ("/dev/kfd", "13.0", None, "0", "An AMD .* without ROCm;"), ("/dev/kfd", None, "7.2", "0", "An AMD .* ROCm 7.2: "),
-    ("nvidia-smi", "13.0", None, "", None), ("seen", "13.0", None, "0", None), ("nothing", None, None, "0", None)])
+    ("nvidia-smi", "13.0", None, "", None), ("nvidia-smi", "13.0", None, "-1", None),
+    ("seen", "13.0", None, "0", None), ("nothing", None, None, "0", None)])
 def test_a_gpu_that_torch_does_not_see_is_named(found, cuda, hip, hidden, said, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     monkeypatch.setattr(shutil, "which", lambda name, *_: name if found in (name, "seen") else None)

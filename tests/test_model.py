@@ -217,6 +217,7 @@ def test_what_works_in_place_between_blocks_is_scored_with_the_forward_pass_that
         given[0].add_(1.0)
 
     model = built().eval()
+    assert torch.autograd.grad(model(some_tokens()).sum(), model.wte.weight, allow_unused=True) == (None,)
     model.h[1].register_forward_pre_hook(adds)
     with torch.no_grad():
         expected = model(some_tokens())
@@ -292,8 +293,10 @@ def test_what_init_weights_does_not_know_stays_as_its_module_made_it(monkeypatch
             self.scale = torch.nn.Parameter(torch.tensor(0.5))
             self.register_buffer("table", torch.arange(3.0))
 
+    plain = built()
     monkeypatch.setattr(train, "Block", Block)
-    block = built().h[2]
+    model, block = (model := built()), model.h[2]
+    assert model.wte.weight.equal(plain.wte.weight)  # what a new part draws moves no other's weights
     assert block.gain.weight.eq(1).all() and block.scale == 0.5
     assert block.table.tolist() == [0, 1, 2]
     for parameter in block.wte2.parameters():  # a name like another's is another name

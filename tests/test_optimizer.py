@@ -136,8 +136,20 @@ def test_the_groups_cover_exactly_the_parameters(n_layer, n_kv_head, bigram_rows
     for group in groups:
         assert group["kind"] != "muon" or len({p.shape for p in group["params"]}) == 1
         assert group["initial_lr"] == group["lr"] > 0
-    tables = next(group for group in groups if model.wte.weight in set(group["params"]))
-    assert tables["lr"] == pytest.approx(train.EMBEDDING_LR["cpu"] * (64 / 768) ** -0.5)
+    scale, decay, table_lr = (64 / 768) ** -0.5, train.WEIGHT_DECAY, train.EMBEDDING_LR["cpu"]
+    expected = {
+        "lm_head": (train.UNEMBEDDING_LR * scale, decay["lm_head"], train.ADAM_BETAS),
+        "wte": (table_lr * scale, decay["wte"], train.ADAM_BETAS),
+        "resid_lambdas": (train.RESID_LR, 0, train.ADAM_BETAS),
+        "value_embeds": (table_lr * scale, decay["value_embeds"], train.ADAM_BETAS),
+        "x0_lambdas": (train.X0_LR["cpu"], 0, train.ADAM_BETAS),
+        "h": (train.MATRIX_LR, train.MUON_WEIGHT_DECAY, train.MUON_BETA2),
+        "ngrams": (train.BIGRAM_LR * scale, decay["ngrams"], train.BIGRAM_BETA2)}
+    expected["bigram_value_embeds"] = expected["ngrams"]
+    for name, p in model.named_parameters():
+        (group,) = (group for group in groups if p in set(group["params"]))
+        seen = group["lr"], group["weight_decay"], group.get("betas", group.get("beta2"))
+        assert seen == expected[name.split(".")[0]], name
 
 
 def test_a_parameter_in_no_group_or_in_two_and_an_unknown_kind_are_errors_that_name_it():
@@ -214,7 +226,8 @@ def test_changing_scalars_and_a_second_optimizer_compile_nothing_anew_and_few_nu
 def scheduled(step, progress):
     """Groups of the model's optimizer, after set_schedules."""
     optimizer = train.MuonAdamW(train.parameter_groups(train.GPT(CONFIG)))
-    train.set_schedules(optimizer, step, progress)
+    for at in (0, 0.9), (step, progress):  # nothing of an earlier step stays
+        train.set_schedules(optimizer, *at)
     return optimizer.param_groups
 
 
@@ -222,7 +235,8 @@ def of_muon(name, *times):
     return [next(group[name] for group in scheduled(*time) if group["kind"] == "muon") for time in times]
 
 
-def test_schedules_have_their_stated_values_at_both_ends_and_reach_every_group():
+def test_schedules_have_their_stated_values_at_both_ends_and_reach_every_group(monkeypatch):
+    monkeypatch.setattr(train, "FINAL_LR_FRAC", 0.1)
     lr, ramp, (first, last) = train.lr_multiplier, train.MUON_RAMP, train.MUON_MOMENTUM
     assert lr(0.0) == 1.0 and lr(1 - train.WARMDOWN_RATIO) == pytest.approx(1.0)
     assert lr(1.0) == lr(1.7) == train.FINAL_LR_FRAC

@@ -1,6 +1,7 @@
 """The run: warm-up, clock, memory, seeds, the log, the summary, and how each failure ends."""
 
 import copy
+import dataclasses
 import functools
 import gc
 import io
@@ -102,7 +103,7 @@ def test_a_run_says_what_it_does_prints_the_summary_and_leaves_one_line_of_evide
     announced = ["\nwarm-up\n", "\ntraining for 1 s\nstep ", "\nexam: 2,048 targets", "\n---\n"]
     assert sorted(announced, key=output.index) == announced
     expected = {"training_seconds": "1.0", "num_steps": "4", "mfu_percent": "n/a", "total_tokens_M": "0.002",
-                "depth": "2", "seed": "42", "contract": prepare.fingerprint(TINY)}
+                "total_seconds": "1.8", "depth": "2", "seed": "42", "contract": prepare.fingerprint(TINY)}
     assert expected.items() <= summary.items() and "runs.jsonl" in summary["next"]
     first, last = step_lines(output)
     assert first.startswith("step 00001 (25.0%)") and last.startswith("step 00004 (100.0%)")
@@ -112,12 +113,14 @@ def test_a_run_says_what_it_does_prints_the_summary_and_leaves_one_line_of_evide
     assert (line["seed"], line["split"], line["tokens"]) == (42, "val", 4 * 512)
 
 
-@pytest.mark.parametrize("epoch", [1, 2])
-def test_training_text_that_began_again_is_said(epoch, steps, monkeypatch, capsys):
+@pytest.mark.parametrize("epoch, files", [(1, 3), (2, 3), (2, 1)])
+def test_training_text_that_began_again_is_said_where_there_is_more(epoch, files, steps, monkeypatch, capsys):
     make = prepare.make_dataloader
+    monkeypatch.setitem(prepare.CONTRACTS, "tiny", dataclasses.replace(TINY, train_files=files))
+    forget()
     monkeypatch.setattr(prepare, "make_dataloader", lambda *a, **k: ((x, y, epoch) for x, y, _ in make(*a, **k)))
     train.main()
-    assert ("\nnote: the training text began again. " in capsys.readouterr().out) == (epoch > 1)
+    assert ("\nnote: the training text began again. " in capsys.readouterr().out) == (epoch > 1 < files)
 
 
 @pytest.mark.parametrize("name, known", [
@@ -127,8 +130,12 @@ def test_training_text_that_began_again_is_said(epoch, steps, monkeypatch, capsy
 def test_the_test_split_prints_no_val_bpb_and_no_mfu_of_an_unknown_device(name, known, steps, monkeypatch, capsys):
     monkeypatch.setenv("AUTORESEARCH_SPLIT", "test")
     monkeypatch.setattr(prepare, "device_name", lambda device: name)
+    monkeypatch.setitem(train.PEAK_FLOPS, "A100", 1e9)
     train.main()
     output = capsys.readouterr().out
+    if "A100-SXM4-80GB" in name:
+        shown, total = (float(re.search(words, output)[1]) for words in (r"mfu: ([\d.]+)%", r"mfu_percent: +([\d.]+)"))
+        assert total == pytest.approx(shown, abs=0.06) and shown > 1
     assert "\ntest_bpb:         " in output and "val_bpb" not in output
     assert ("mfu: n/a" not in output) == ("mfu_percent:      n/a" not in output) == known
 
@@ -258,6 +265,13 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_losses_are_those_of_half(wh
     assert "out of memory" not in capsys.readouterr().out
     assert len(from_the_start) == 4 and halved[-4:] == from_the_start
     assert all(shapes == [(4, 32)] * 4 for _, shapes in from_the_start)
+
+
+@pytest.mark.parametrize("words", [
+    "DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory",
+    "not enough memory: you tried to allocate 9 bytes", "API call failed \"aten::empty\""])
+def test_other_words_for_it_are_known(words):
+    assert prepare.is_out_of_memory(RuntimeError(words)) and not prepare.is_out_of_memory(RuntimeError("a mat"))
 
 
 OTHER = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
@@ -447,9 +461,10 @@ def test_a_run_completes_with_and_without_fast_bfloat16(dtype, small, monkeypatc
     monkeypatch.setattr(train, "polar_express", lambda x, dtype: (dtypes.add(dtype), polar_express(x, dtype))[1])
     monkeypatch.setattr(train, "compute_dtype", lambda device: dtype)
     losses = watch_steps(monkeypatch, small, before=lambda model, *rest: seen.update(
-        {name: p.dtype for name, p in model.named_parameters()}))
+        {name: p.dtype for name, p in model.named_parameters()}, cast=torch.is_autocast_enabled("cpu")))
     train.main()
     output = capsys.readouterr().out
+    assert seen.pop("cast") == (dtype == torch.bfloat16)
     assert float(summary_of(output)["val_bpb"]) < 8 and losses[-1][0] < losses[0][0] + 0.1
     assert f", {str(dtype).removeprefix('torch.')}\n" in output
     tables = {name for name in seen if name.startswith(("wte", "ngrams", "bigram", "value_embeds"))}
@@ -525,7 +540,8 @@ def test_a_log_line_has_the_form_of_the_specification():
     line = train.log_line(50, 5.123456, 25.0, 10, 2.4, 10 * 2**19, 1, 300, 2e6, 989e12)
     assert line == ("step 00050 (8.3%) | loss: 5.123456 | lrm: 1.00 | dt: 240ms | tok/sec: 2,184,533 | "
                     "mfu: 0.4% | epoch: 1 | remaining: 275s")
-    assert STEP.fullmatch(train.log_line(123_456, 0.5, 301.0, 1, 0.01, 2048, 2, 300, 1e12, None))
+    line = train.log_line(123_456, 0.5, 301.0, 1, 0.01, 2048, 2, 300, 1e12, None)
+    assert STEP.fullmatch(line) and "(100.0%)" in line
 
 
 # In processes of their own

@@ -146,17 +146,22 @@ def test_a_second_session_on_the_same_machine_needs_a_baseline_and_no_note(night
 def test_an_attempt_on_another_machine_is_told_from_a_baseline(night):
     assert night.verdict(1.40, device="other").startswith("baseline: 3 more runs of newnewn")
     assert prepare.verdict().startswith("note: the baselines of results.tsv ran on another machine")
+    assert night.verdict(1.40) == "keep"  # the newest run says which machine
 
 
 @pytest.mark.parametrize("drew, note", [
     ({"tokens": 0}, "no batch of the split train"), ({"held_out_tokens": 64}, "batches of the split val or test")])
 def test_a_run_that_drew_no_training_text_or_a_held_out_split_is_not_kept(night, drew, note):
     assert night.verdict(1.2, **drew) == "discard" and f"note: newnewn drew {note}" in prepare.verdict()
+    night.run("another", 42, 1.3)
+    night.run("another", 43, 1.3, **drew)
+    assert night.verdict() == ("discard" if "held_out_tokens" in drew else "keep")
 
 
 def test_baselines_that_the_machine_drove_apart_are_to_be_measured_again(night):
     night.run("basebas", 43, 1.58, tokens=8_900)
     assert "note: equal runs differ much: stop what else runs here" in prepare.verdict()
+    assert night.verdict(1.40, tokens=10_600) == "keep"  # as equal runs differ: no FASTER
 
 
 def test_a_gain_of_a_run_that_trained_more_has_to_hold_under_the_other_seed(night):
@@ -164,6 +169,12 @@ def test_a_gain_of_a_run_that_trained_more_has_to_hold_under_the_other_seed(nigh
     assert night.verdict(1.40, tokens=10_600) == "run SEED=43"
     assert "tokens trained: +6.0%, equal runs differ by 0.0%: FASTER" in prepare.verdict()
     assert night.verdict(1.40, 1.69, tokens=10_600) == "discard"
+    night.run("halffas", 42, 1.40, tokens=10_600)
+    night.run("halffas", 43, 1.69)
+    assert night.verdict() == "discard" and "+6.0%, +0.0%, equal runs differ by 0.0%: FASTER" in prepare.verdict()
+    night.run("halfslo", 42, 1.40, tokens=9_400)
+    night.run("halfslo", 43, 1.40)
+    assert "-6.0%, +0.0%, equal runs differ by 0.0%: SLOWER" in prepare.verdict()
     for seed, bpb in (42, 1.20), (43, 1.50):  # too much memory: by ten times the noise, in the mean as well
         night.run("another", seed, bpb, tokens=10_600, memory=2100)
     assert night.verdict() == "discard"
@@ -223,7 +234,7 @@ def test_other_contracts_splits_edited_files_second_exams_broken_lines_and_earli
         evidence.write('{"commit": "newnewn", "dirty": false, "split": "val", "bpb": 0.1}\n')
     with open("results.tsv", "a") as ledger:
         ledger.write("\ncrashed\t\t\tcrash\twide\nold\t0.000000\t0.0\tcrash\n\nunknown\t0.1\t1.0\tkeep\tno line end")
-    assert night.verdict(1.481) == "run SEED=43"
+    assert night.verdict(1.481) == "run SEED=43" and "noise: 0.030000" in prepare.verdict()
     assert "note: newnewn evaluates more than once; the first score of a run counts\n" in prepare.verdict()
     night.run("bestbes", 42, 1.0)
     night.row("keep")
