@@ -124,12 +124,12 @@ def table(text: str, first_cell: str) -> dict[str, list[str]]:
 def test_the_command_of_the_readme_that_downloads_asks_for_what_it_names(command, monkeypatch):
     assert command in COMMANDS
     asked = []
-    monkeypatch.setattr(sys, "argv", command.removeprefix("uv run ").split())
-    monkeypatch.setattr(prepare, "prepare", lambda contract, shards, workers: asked.append((contract.name, shards)))
+    monkeypatch.setattr(sys, "argv", [*command.removeprefix("uv run ").split(), "--download-workers", "3"])
+    monkeypatch.setattr(prepare, "prepare", lambda contract, *more: asked.append((contract.name, *more)))
     monkeypatch.setattr(prepare, "fingerprint", lambda contract: contract.name)
     prepare.cache_dir().mkdir()
     prepare.main()
-    assert asked == [NETWORK[command]]
+    assert asked == [(*NETWORK[command], 3)]
     assert (prepare.cache_dir() / "active").read_text() == NETWORK[command][0]
 
 

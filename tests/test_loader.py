@@ -56,12 +56,15 @@ def test_batches_and_epochs_are_the_oracles_for_every_batch_size_and_split(tiny,
     assert len(batches) == count and epoch >= 2
 
 
-def test_another_tokenizer_and_a_split_that_there_is_not_are_refused(tiny):
+def test_another_tokenizer_a_split_that_there_is_not_and_one_without_text_are_refused(tiny, monkeypatch):
     other = prepare.Tokenizer({bytes([i]): i for i in range(256)})
     with pytest.raises(prepare.Failure, match="tokenizer"):
         next(prepare.make_dataloader(other, 2, 32, "train", device="cpu"))
     with pytest.raises(prepare.Failure, match="no split 'training'; use train, val or test"):
         prepare.make_dataloader(tiny, 2, 32, "training", device="cpu")
+    monkeypatch.setattr(prepare, "read_documents", lambda *_: iter(()))  # it would look for one for ever
+    with pytest.raises(prepare.Failure, match="no documents in "):
+        prepare.make_dataloader(tiny, 2, 32, "train", device="cpu")
 
 
 @pytest.mark.cuda
