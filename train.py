@@ -128,6 +128,10 @@ def demand(fine, name, value, wanted):
         raise prepare.Failure(f"{name} is {value!r}; give {wanted}")
 
 
+def are_numbers(*values):
+    return all(isinstance(value, (int, float)) for value in values)
+
+
 # --------------------------------------------------------------------------------------------------
 # Attention
 
@@ -702,21 +706,21 @@ def sizes(kind, seq_len, vocab_size):
     demand(head_dim % 4 == 0, "HEAD_DIM", head_dim, "a multiple of 4: RoPE turns half of the pairs")
     demand(n_head % shared == 0, "HEADS_PER_KV_HEAD", shared, f"a divisor of the {n_head} heads")
     demand(GATE_CHANNELS in range(1, n_embd + 1), "GATE_CHANNELS", GATE_CHANNELS, f"1 to {n_embd}")
-    demand(isinstance(SOFTCAP, (int, float)) and 0 < SOFTCAP <= 79, "SOFTCAP", SOFTCAP,
+    demand(are_numbers(SOFTCAP) and 0 < SOFTCAP <= 79, "SOFTCAP", SOFTCAP,
            "above 0 and at most 79, where a sum of 8192 exp still fits into float32")
+    # Those that `knob` reads; the others are one number for all device types
     by_kind = {"HALF_BATCH_RATIO", "MTP_WEIGHT", "X0_LR", "EMBEDDING_LR"}
     for name in (by_kind | {"X0_INIT", "RESID_LR", "BIGRAM_LR", "MATRIX_LR", "UNEMBEDDING_LR",
                             "Q_SCALE", "ROPE_BASE", "MUON_RAMP", "MUON_BETA2", "MUON_WEIGHT_DECAY",
                             "BIGRAM_BETA2", "ADAM_EPS", "WARMDOWN_RATIO", "FINAL_LR_FRAC"}
                  ) & set(globals()):
         value = knob(name, kind) if name in by_kind else globals()[name]
-        demand(isinstance(value, (int, float)), name, value, "a number")
-    decays = WEIGHT_DECAY.values() if isinstance(WEIGHT_DECAY, dict) else [None]
-    demand(all(isinstance(value, (int, float)) for value in decays), "WEIGHT_DECAY", WEIGHT_DECAY,
-           "a number for each name")
+        demand(are_numbers(value), name, value, "a number")
+    demand(isinstance(WEIGHT_DECAY, dict) and are_numbers(*WEIGHT_DECAY.values()), "WEIGHT_DECAY",
+           WEIGHT_DECAY, "a number for each name")
     for name, pair in ("MUON_MOMENTUM", MUON_MOMENTUM), ("ADAM_BETAS", ADAM_BETAS):
-        demand(isinstance(pair, (tuple, list)) and [isinstance(one, (int, float)) for one in pair]
-               == [True, True], name, pair, "a pair of numbers")
+        fine = isinstance(pair, (tuple, list)) and len(pair) == 2 and are_numbers(*pair)
+        demand(fine, name, pair, "a pair of numbers")
     demand(total % seq_len == 0, "TOTAL_BATCH_SIZE", total, f"a multiple of MAX_SEQ_LEN ({seq_len})")
     # Half of a step has to be whole batches, too, where its rows are even
     in_two = knob("HALF_BATCH_RATIO", kind) and total // seq_len % 2 == 0
@@ -778,6 +782,13 @@ def watch_weights(model):
 
     before = sums()
     return lambda: [name for name, now in sums().items() if now == before.get(name)]
+
+
+def stray_gradients(model):
+    """Shapes of the tensors that have a gradient and are no parameters of the model."""
+    ours = set(model.parameters())
+    return [tuple(t.shape) for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)
+            and t.is_leaf and t.grad is not None and t not in ours]
 
 
 def summary(results):
@@ -885,9 +896,7 @@ def main():
             fits = True
             if idle := unchanged():
                 print(f"note: not trained in warm-up: {', '.join(idle)}")
-            if loose := [tuple(t.shape) for t in gc.get_objects()
-                         if type(t) in (torch.Tensor, nn.Parameter) and t.is_leaf
-                         and t.grad is not None and t not in set(model.parameters())]:
+            if loose := stray_gradients(model):
                 print(f"note: gradients of tensors that are no parameters of the model: {loose}; "
                       "modules in a list? Use nn.ModuleList")
         except RuntimeError as error:

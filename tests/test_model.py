@@ -295,7 +295,8 @@ def test_what_init_weights_does_not_know_stays_as_its_module_made_it(monkeypatch
 
     plain = built()
     monkeypatch.setattr(train, "Block", Block)
-    model, block = (model := built()), model.h[2]
+    model = built()
+    block = model.h[2]
     assert model.wte.weight.equal(plain.wte.weight)  # what a new part draws moves no other's weights
     assert block.gain.weight.eq(1).all() and block.scale == 0.5
     assert block.table.tolist() == [0, 1, 2]
